@@ -1,0 +1,51 @@
+// Shared by the binding files: how Python's arrays become raw rows.
+#pragma once
+
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "omniserve/shm/layout.h"
+
+namespace omniserve {
+
+namespace nb = nanobind;
+
+using Int32s = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Int32Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
+using ConstMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
+
+inline std::uint32_t dtype_code(const std::string& name) {
+  if (name == "float32") return shm::kFloat32;
+  if (name == "bfloat16") return shm::kBfloat16;
+  throw std::invalid_argument("dtype: float32 or bfloat16, not " + name);
+}
+
+inline std::string dtype_name(std::uint32_t code) {
+  return code == shm::kBfloat16 ? "bfloat16" : "float32";
+}
+
+inline void require_same_length(std::initializer_list<std::size_t> lengths) {
+  for (const std::size_t length : lengths)
+    if (length != *lengths.begin()) throw std::invalid_argument("arrays differ in length");
+}
+
+// Hands a vector's memory to numpy.
+template <typename T>
+nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T>&& values) {
+  auto* owned = new std::vector<T>(std::move(values));
+  nb::capsule owner(owned, [](void* p) noexcept { delete static_cast<std::vector<T>*>(p); });
+  return {owned->data(), {owned->size()}, owner};
+}
+
+void bind_layout(nb::module_& m);
+void bind_kv(nb::module_& m);
+void bind_link(nb::module_& m);
+void bind_server(nb::module_& m);
+
+}  // namespace omniserve

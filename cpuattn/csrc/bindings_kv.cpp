@@ -1,0 +1,121 @@
+#include <cstring>
+
+#include "bindings.h"
+#include "paged_kv.h"
+#include "worker_link.h"
+
+namespace omniserve {
+namespace {
+
+// bfloat16 has no numpy type, so uint16 stands for it there.
+template <typename Array>
+Rows rows_of(const Array& array, const PagedKv& kv, const char* name) {
+  const nb::dlpack::dtype t = array.dtype();
+  const bool is_float32 = t == nb::dtype<float>();
+  const bool is_bfloat16 =
+      t.bits == 16 && (t.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) ||
+                       t.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt));
+  if (kv.geometry().dtype == shm::kBfloat16 ? !is_bfloat16 : !is_float32)
+    throw std::invalid_argument(std::string(name) + ": dtype must be " +
+                                dtype_name(kv.geometry().dtype));
+  if (array.shape(1) > 1 && array.stride(1) != 1)
+    throw std::invalid_argument(std::string(name) + ": inner stride must be 1");
+  return {const_cast<void*>(static_cast<const void*>(array.data())), array.shape(0),
+          array.shape(1), static_cast<std::size_t>(array.stride(0))};
+}
+
+void append_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& k, const ConstMatrix& v,
+            const Int32s& pages, const Int32s& offsets) {
+  const Rows k_rows = rows_of(k, kv, "k");
+  const Rows v_rows = rows_of(v, kv, "v");
+  require_same_length({k_rows.rows, v_rows.rows, pages.size(), offsets.size()});
+  const std::size_t columns = std::size_t{kv.geometry().kv_heads} * kv.geometry().head_dim;
+  if (k_rows.columns != columns || v_rows.columns != columns)
+    throw std::invalid_argument("k, v: columns must be kv_heads * head_dim");
+  nb::gil_scoped_release release;
+  kv.append(layer, k_rows, v_rows, pages.data(), offsets.data());
+}
+
+void attend_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& q, const Matrix& out,
+            const Int32Table& tables, const Int32s& first_row, const Int32s& n_rows,
+            const Int32s& first_position) {
+  const Rows q_rows = rows_of(q, kv, "q");
+  const Rows out_rows = rows_of(out, kv, "out");
+  require_same_length(
+      {tables.shape(0), first_row.size(), n_rows.size(), first_position.size()});
+  const shm::Geometry& g = kv.geometry();
+  const std::size_t kv_columns = std::size_t{g.kv_heads} * g.head_dim;
+  if (q_rows.columns == 0 || q_rows.columns % kv_columns || q_rows.columns / kv_columns > kMaxGroup)
+    throw std::invalid_argument("q: columns must be 1 to 16 times kv_heads * head_dim");
+  if (out_rows.rows != q_rows.rows || out_rows.columns != q_rows.columns)
+    throw std::invalid_argument("out: shape must be that of q");
+  nb::gil_scoped_release release;
+  kv.attend(layer, q_rows, out_rows, tables.data(), tables.shape(1), first_row.data(),
+            n_rows.data(), first_position.data(), tables.shape(0));
+}
+
+void export_rows(const PagedKv& kv, const WorkerLink& link, const Int32s& layers,
+                 const Int32s& pages, const Int32s& offsets, const Int32s& slots) {
+  require_same_length({layers.size(), pages.size(), offsets.size(), slots.size()});
+  nb::gil_scoped_release release;
+  kv.export_rows(link.segment(), layers.data(), pages.data(), offsets.data(), slots.data(),
+                 slots.size());
+}
+
+void import_rows(PagedKv& kv, const WorkerLink& link, const Int32s& layers, const Int32s& pages,
+                 const Int32s& offsets, const Int32s& slots) {
+  require_same_length({layers.size(), pages.size(), offsets.size(), slots.size()});
+  nb::gil_scoped_release release;
+  kv.import_rows(link.segment(), layers.data(), pages.data(), offsets.data(), slots.data(),
+                 slots.size());
+}
+
+std::vector<float> widen(const std::vector<std::byte>& row, std::uint32_t dtype) {
+  std::vector<float> out(row.size() / shm::dtype_bytes(dtype));
+  for (std::size_t i = 0; i < out.size(); ++i) {
+    if (dtype == shm::kBfloat16) {
+      std::uint16_t half;
+      std::memcpy(&half, row.data() + 2 * i, 2);
+      const std::uint32_t bits = std::uint32_t{half} << 16;
+      std::memcpy(&out[i], &bits, 4);
+    } else {
+      std::memcpy(&out[i], row.data() + 4 * i, 4);
+    }
+  }
+  return out;
+}
+
+nb::tuple read(const PagedKv& kv, std::int32_t layer, std::int32_t page, std::int32_t offset) {
+  kv.check_place(layer, page, offset);
+  const shm::Geometry& g = kv.geometry();
+  std::vector<std::byte> k(g.kv_heads * g.head_dim * shm::dtype_bytes(g.dtype));
+  std::vector<std::byte> v(k.size());
+  kv.pages().read(layer, page, offset, k.data(), v.data());
+  return nb::make_tuple(to_numpy(widen(k, g.dtype)), to_numpy(widen(v, g.dtype)));
+}
+
+}  // namespace
+
+void bind_kv(nb::module_& m) {
+  using namespace nb::literals;
+  m.def("kernel_name", &kernel_name);
+  nb::class_<PagedKv>(m, "PagedKv")
+      .def(
+          "__init__",
+          [](PagedKv* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
+             std::uint32_t page_tokens, std::uint32_t pages, const std::string& dtype,
+             unsigned threads) {
+            new (self) PagedKv(layers, kv_heads, head_dim, page_tokens, pages, dtype_code(dtype),
+                               threads);
+          },
+          "layers"_a, "kv_heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a,
+          "dtype"_a = "float32", "threads"_a = 1)
+      .def("append", &append_rows, "layer"_a, "k"_a, "v"_a, "pages"_a, "offsets"_a)
+      .def("attend", &attend_rows, "layer"_a, "q"_a, "out"_a, "tables"_a, "first_row"_a, "n_rows"_a,
+           "first_position"_a)
+      .def("export_rows", &export_rows, "link"_a, "layers"_a, "pages"_a, "offsets"_a, "slots"_a)
+      .def("import_rows", &import_rows, "link"_a, "layers"_a, "pages"_a, "offsets"_a, "slots"_a)
+      .def("read", &read, "layer"_a, "page"_a, "offset"_a);
+}
+
+}  // namespace omniserve

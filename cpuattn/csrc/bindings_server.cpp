@@ -1,0 +1,43 @@
+#include "bindings.h"
+#include "server_loop.h"
+
+namespace omniserve {
+
+void bind_server(nb::module_& m) {
+  using namespace nb::literals;
+  using Release = nb::call_guard<nb::gil_scoped_release>;
+  nb::class_<ServerLoop>(m, "ServerLoop")
+      .def(
+          "__init__",
+          [](ServerLoop* self, const std::string& path, unsigned threads, std::int64_t spin_us,
+             int nice, const std::vector<int>& cpus, std::int64_t fault_delay_us,
+             std::uint64_t fault_seed) {
+            new (self) ServerLoop(
+                path, LoopOptions{threads, spin_us, nice, cpus, fault_delay_us, fault_seed});
+          },
+          Release(), "path"_a, "threads"_a = 1, "spin_us"_a = 0, "nice"_a = 0,
+          "cpus"_a = std::vector<int>{}, "fault_delay_us"_a = 0, "fault_seed"_a = 0)
+      .def_prop_ro("not_adopted", &ServerLoop::not_adopted)
+      .def_prop_ro("attached", &ServerLoop::attached)
+      .def_prop_ro("worker_id", [](const ServerLoop& l) { return std::string(l.header().worker_id); })
+      .def_prop_ro("epoch", [](const ServerLoop& l) { return l.header().epoch; })
+      .def_prop_ro("segment_id", [](const ServerLoop& l) { return l.header().segment_id; })
+      .def_prop_ro("geometry", [](const ServerLoop& l) { return l.header().geometry; })
+      .def_prop_ro("progress", &ServerLoop::progress)
+      .def("format", &ServerLoop::format, Release(), "worker_id"_a, "epoch"_a, "segment_id"_a,
+           "geometry"_a, "bell_path"_a)
+      .def("rebell", &ServerLoop::rebell, Release(), "bell_path"_a)
+      .def("drain", &ServerLoop::drain, Release(), "timeout_ms"_a)
+      .def("stop", &ServerLoop::stop, Release())
+      .def("pages_free", &ServerLoop::pages_free, Release())
+      .def("stats", [](ServerLoop& l) {
+        ExecutorStats stats;
+        {
+          nb::gil_scoped_release release;
+          stats = l.stats();
+        }
+        return nb::make_tuple(stats.rows, stats.kv_bytes_read, stats.errors);
+      });
+}
+
+}  // namespace omniserve

@@ -1,0 +1,195 @@
+#include "executor.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+
+namespace omniserve {
+
+Executor::Executor(const SegmentView& segment, ThreadPool& threads)
+    : segment_(segment),
+      threads_(threads),
+      pool_(segment),
+      pages_(segment.kv(), segment.geometry()),
+      parts_(segment.geometry()),
+      elem_bytes_(shm::dtype_bytes(segment.geometry().dtype)),
+      token_bytes_(2ULL * segment.geometry().kv_heads * segment.geometry().head_dim * elem_bytes_),
+      attended_in_(segment.geometry().max_sequences, 0) {}
+
+std::optional<Message> Executor::resolve(std::uint64_t entry) {
+  const std::uint32_t slot = shm::entry_slot(entry);
+  if (slot >= segment_.geometry().slots) {
+    ++stats_.errors;
+    return std::nullopt;
+  }
+  const shm::SlotHeader& h = segment_.slot(slot);
+  const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
+  // Stale, or answered already: after a restart a message can be found twice.
+  if (generation != shm::entry_generation(entry) ||
+      generation == h.done_generation.load(std::memory_order_relaxed))
+    return std::nullopt;
+  return Message{slot, generation, h.kind, h.layer, h.sequence, h.position};
+}
+
+std::vector<Message> Executor::unanswered() const {
+  std::vector<Message> found;
+  for (std::uint32_t slot = 0; slot < segment_.geometry().slots; ++slot) {
+    const shm::SlotHeader& h = segment_.slot(slot);
+    const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
+    if (generation != h.done_generation.load(std::memory_order_relaxed))
+      found.push_back({slot, generation, h.kind, h.layer, h.sequence, h.position});
+  }
+  std::sort(found.begin(), found.end(), [](const Message& a, const Message& b) {
+    return std::tie(a.sequence, a.position) < std::tie(b.sequence, b.position);
+  });
+  return found;
+}
+
+void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers) {
+  answers_ = &answers;
+  execute(batch);
+  // Each round appends at least one token somewhere, or nothing that waits can go on.
+  std::vector<Message> waiting;
+  while (!deferred_.empty()) {
+    const std::size_t before = deferred_.size();
+    waiting.clear();
+    std::swap(waiting, deferred_);
+    execute(waiting);
+    if (deferred_.size() == before) break;
+  }
+}
+
+void Executor::execute(std::vector<Message>& batch) {
+  std::stable_sort(batch.begin(), batch.end(), [](const Message& a, const Message& b) {
+    return std::tie(a.kind, a.layer) < std::tie(b.kind, b.layer);
+  });
+  for (auto begin = batch.begin(); begin != batch.end();) {
+    const auto end = std::find_if(begin, batch.end(), [&](const Message& m) {
+      return m.kind != begin->kind || m.layer != begin->layer;
+    });
+    if (begin->kind == shm::kAttend) {
+      attend_group(&*begin, &*begin + (end - begin));
+    } else {
+      for (auto m = begin; m != end; ++m) {
+        if (m->kind == shm::kCheckpoint) checkpoint(*m);
+        else if (m->kind == shm::kRestore) restore(*m);
+        else free_sequence(*m);
+      }
+    }
+    begin = end;
+  }
+}
+
+std::uint32_t Executor::validate(const Message& m) const {
+  const shm::Geometry& g = segment_.geometry();
+  if (m.kind < shm::kAttend || m.kind > shm::kFree) return shm::kBadKind;
+  if (m.sequence >= g.max_sequences) return shm::kBadSequence;
+  if (m.kind == shm::kFree) return shm::kOk;
+  if (m.layer >= g.layers) return shm::kBadLayer;
+  if (m.position >= g.max_sequence_tokens) return shm::kBadPosition;
+  return shm::kOk;
+}
+
+Executor::Turn Executor::turn(const Message& m) const {
+  const std::uint32_t written =
+      segment_.written_len(m.sequence)[m.layer].load(std::memory_order_relaxed);
+  if (written < m.position) return Turn::kLater;
+  return written <= m.position + 1 ? Turn::kNow : Turn::kNever;
+}
+
+std::uint32_t Executor::append(const Message& m) {
+  const std::int32_t page = pool_.page_for(m.sequence, m.position);
+  if (page < 0) return shm::kNoPage;
+  const std::byte* row = segment_.slab_row(m.slot);
+  pages_.write(m.layer, page, m.position % segment_.geometry().page_tokens,
+               row + parts_.k * elem_bytes_, row + parts_.v * elem_bytes_);
+  segment_.written_len(m.sequence)[m.layer].store(m.position + 1, std::memory_order_release);
+  return shm::kOk;
+}
+
+void Executor::attend_group(const Message* begin, const Message* end) {
+  attending_.clear();
+  segments_.clear();
+  ++group_;
+  for (const Message* m = begin; m != end; ++m) {
+    if (const std::uint32_t status = validate(*m); status != shm::kOk) {
+      answer(*m, status);
+      continue;
+    }
+    const Turn when = turn(*m);
+    // A second row of a sequence waits until the first is answered: were both appended and the
+    // server killed, the first could not be replayed.
+    if (when == Turn::kLater || (when == Turn::kNow && attended_in_[m->sequence] == group_)) {
+      deferred_.push_back(*m);
+      continue;
+    }
+    const std::uint32_t status =
+        when == Turn::kNever ? std::uint32_t{shm::kBadPosition} : append(*m);
+    if (status != shm::kOk) {
+      answer(*m, status);
+      continue;
+    }
+    attended_in_[m->sequence] = group_;
+    std::byte* row = segment_.slab_row(m->slot);
+    attending_.push_back(*m);
+    segments_.push_back({segment_.page_table(m->sequence), row + parts_.q * elem_bytes_,
+                         row + parts_.out * elem_bytes_, 0, 0, 1, m->position});
+    stats_.kv_bytes_read += (m->position + 1) * token_bytes_;
+  }
+  if (attending_.empty()) return;
+  const shm::Geometry& g = segment_.geometry();
+  attend(pages_, begin->layer, g.heads, segments_, threads_, units_);
+  stats_.rows += attending_.size();
+  for (const Message& m : attending_) answer(m, shm::kOk);
+}
+
+// Rows of a prompt are outstanding together, so each is answered before the next is appended:
+// after a crash at most one of them has been appended without an answer.
+void Executor::checkpoint(const Message& m) {
+  if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
+  switch (turn(m)) {
+    case Turn::kLater: deferred_.push_back(m); return;
+    case Turn::kNever: return answer(m, shm::kBadPosition);
+    case Turn::kNow: return answer(m, append(m));
+  }
+}
+
+void Executor::restore(const Message& m) {
+  if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
+  const std::uint32_t written =
+      segment_.written_len(m.sequence)[m.layer].load(std::memory_order_relaxed);
+  if (written <= m.position) {
+    deferred_.push_back(m);
+    return;
+  }
+  const shm::Geometry& g = segment_.geometry();
+  const std::int32_t page = segment_.page_table(m.sequence)[m.position / g.page_tokens];
+  if (page < 0) return answer(m, shm::kNoPage);
+  std::byte* row = segment_.slab_row(m.slot);
+  pages_.read(m.layer, page, m.position % g.page_tokens, row + parts_.k * elem_bytes_,
+              row + parts_.v * elem_bytes_);
+  answer(m, shm::kOk);
+}
+
+void Executor::free_sequence(const Message& m) {
+  if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
+  pool_.free_sequence(m.sequence);
+  // What waited for this sequence to grow would wait for ever.
+  const auto mine = std::stable_partition(deferred_.begin(), deferred_.end(),
+                                          [&](const Message& d) { return d.sequence != m.sequence; });
+  for (auto d = mine; d != deferred_.end(); ++d) answer(*d, shm::kFreed);
+  deferred_.erase(mine, deferred_.end());
+  answer(m, shm::kOk);
+}
+
+void Executor::answer(const Message& m, std::uint32_t status) {
+  shm::SlotHeader& h = segment_.slot(m.slot);
+  // The same message can wait twice after a restart; it is answered once.
+  if (h.done_generation.load(std::memory_order_relaxed) == m.generation) return;
+  if (status != shm::kOk) ++stats_.errors;
+  h.status = status;
+  h.done_generation.store(m.generation, std::memory_order_release);
+  answers_->push_back(shm::ring_entry(m.slot, m.generation));
+}
+
+}  // namespace omniserve

@@ -1,0 +1,80 @@
+// Carries out the messages of one segment: validates, appends, attends, answers.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "attend.h"
+#include "page_pool.h"
+#include "segment.h"
+#include "thread_pool.h"
+
+namespace omniserve {
+
+struct Message {
+  std::uint32_t slot;
+  std::uint32_t generation;
+  std::uint32_t kind;
+  std::uint32_t layer;
+  std::uint32_t sequence;
+  std::uint32_t position;
+};
+
+struct ExecutorStats {
+  std::uint64_t rows = 0;  // answered ATTEND rows
+  std::uint64_t kv_bytes_read = 0;
+  std::uint64_t errors = 0;
+};
+
+// Not thread-safe. The order of writes for a row is KV, written_len, out, status,
+// done_generation; the caller publishes the answer. So at any crash a message whose generations
+// differ can be carried out again.
+class Executor {
+ public:
+  Executor(const SegmentView& segment, ThreadPool& threads);
+
+  // The message behind a ring entry; nothing if the entry is stale, done or out of range.
+  std::optional<Message> resolve(std::uint64_t entry);
+  // Messages that were asked for and never answered, in an order that can be carried out.
+  std::vector<Message> unanswered() const;
+
+  // Carries out `batch`, then what waited for it. Appends ring entries of answers to `answers`.
+  void run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers);
+
+  const ExecutorStats& stats() const { return stats_; }
+  const PagePool& pages() const { return pool_; }
+
+ private:
+  enum class Turn { kNow, kLater, kNever };
+
+  void execute(std::vector<Message>& batch);
+  void attend_group(const Message* begin, const Message* end);
+  void checkpoint(const Message& m);
+  void restore(const Message& m);
+  void free_sequence(const Message& m);
+  std::uint32_t validate(const Message& m) const;
+  Turn turn(const Message& m) const;
+  // Writes k, v of the slot at the message's place; kOk or kNoPage.
+  std::uint32_t append(const Message& m);
+  void answer(const Message& m, std::uint32_t status);
+
+  SegmentView segment_;
+  ThreadPool& threads_;
+  PagePool pool_;
+  KvPages pages_;
+  RowParts parts_;
+  std::size_t elem_bytes_;
+  std::uint64_t token_bytes_;  // K and V of one token in one layer
+  ExecutorStats stats_;
+  std::vector<Message> deferred_;
+  std::vector<std::uint64_t>* answers_ = nullptr;
+  std::vector<std::uint64_t> attended_in_;  // per sequence, the group that last attended it
+  std::uint64_t group_ = 0;
+  // Kept between calls for their memory.
+  std::vector<Message> attending_;
+  std::vector<Segment> segments_;
+  std::vector<AttendUnit> units_;
+};
+
+}  // namespace omniserve

@@ -1,0 +1,101 @@
+// The hot loop of an attention server: one thread (and its helpers) on one segment.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <queue>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "executor.h"
+
+namespace omniserve {
+
+struct LoopOptions {
+  unsigned threads = 1;
+  std::int64_t spin_us = 0;       // before each sleep; 0 on shared cores
+  int nice = 0;                   // of the loop and its helpers
+  std::vector<int> cpus;          // pins thread i to cpus[i]; empty: not pinned
+  std::int64_t fault_delay_us = 0;  // test switch: holds each answer up to this long
+  std::uint64_t fault_seed = 0;
+};
+
+class ServerLoop {
+ public:
+  // Maps the arena at `path`, adopts the segment in it if it is whole, and starts.
+  ServerLoop(const std::string& path, const LoopOptions& options);
+  ~ServerLoop();
+
+  // Why the file's segment was not adopted; "" if it was.
+  const std::string& not_adopted() const { return not_adopted_; }
+  bool attached() const { return static_cast<bool>(executor_); }
+  // Only valid while attached.
+  const shm::Header& header() const { return segment_.header(); }
+
+  // Formats the segment for a new epoch; what it held is lost.
+  void format(const std::string& worker_id, std::uint64_t epoch, std::uint64_t segment_id,
+              const shm::Geometry& geometry, const std::string& bell_path);
+  // The same epoch comes back, perhaps with a new bell.
+  void rebell(const std::string& bell_path);
+
+  // True when the rings are empty and no answer is held, within the time.
+  bool drain(std::int64_t timeout_ms);
+  void stop();
+
+  // Grows at least ten times a second while the loop is alive.
+  std::uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
+  ExecutorStats stats();
+  std::uint32_t pages_free();
+
+ private:
+  struct Held {
+    std::int64_t due_us;
+    std::uint64_t entry;
+    bool operator>(const Held& other) const { return due_us > other.due_us; }
+  };
+
+  void run();
+  bool step();
+  bool drained();
+  void execute();
+  void respond();
+  void release_held();
+  void open();
+  void recover();
+  void check_idle();
+  std::int64_t sleep_us();
+  void spin(std::uint32_t seen);
+
+  LoopOptions options_;
+  Mapping mapping_;
+  SegmentView segment_;
+  std::string not_adopted_;
+  std::unique_ptr<ThreadPool> threads_;
+  Mapping bell_;
+
+  // All below is guarded by mutex_, which the loop holds for one step at a time.
+  std::mutex mutex_;
+  std::unique_ptr<Executor> executor_;
+  Ring requests_;
+  Ring low_;
+  Ring responses_;
+  std::vector<Message> batch_;
+  std::vector<std::uint64_t> answers_;
+  std::priority_queue<Held, std::vector<Held>, std::greater<Held>> held_;
+  std::mt19937_64 delays_;
+  std::uint64_t integrity_errors_ = 0;
+  bool checked_ = true;
+
+  std::atomic<bool> visitor_{false};  // asks the loop to let go of mutex_
+  std::atomic<bool> stopping_{false};
+  std::atomic<std::uint64_t> progress_{0};
+  std::thread thread_;
+
+  class Visit;
+};
+
+}  // namespace omniserve

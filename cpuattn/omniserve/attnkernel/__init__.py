@@ -1,0 +1,43 @@
+"""The native core: attention over paged KV, and the worker's side of an attention server's segment.
+
+The worker imports it for its own pages (`PagedKv`) and to talk to attention servers (`WorkerLink`,
+`Bell`); the attention server runs its hot loop from it.
+"""
+
+from omniserve.attnkernel._core import (
+    KIND_ATTEND,
+    KIND_CHECKPOINT,
+    KIND_FREE,
+    KIND_RESTORE,
+    STATUS_BAD_KIND,
+    STATUS_BAD_LAYER,
+    STATUS_BAD_POSITION,
+    STATUS_BAD_SEQUENCE,
+    STATUS_FREED,
+    STATUS_NO_PAGE,
+    STATUS_OK,
+    Bell,
+    Geometry,
+    PagedKv,
+    WorkerLink,
+    kernel_name,
+)
+
+__all__ = [
+    "KIND_ATTEND",
+    "KIND_CHECKPOINT",
+    "KIND_FREE",
+    "KIND_RESTORE",
+    "STATUS_BAD_KIND",
+    "STATUS_BAD_LAYER",
+    "STATUS_BAD_POSITION",
+    "STATUS_BAD_SEQUENCE",
+    "STATUS_FREED",
+    "STATUS_NO_PAGE",
+    "STATUS_OK",
+    "Bell",
+    "Geometry",
+    "PagedKv",
+    "WorkerLink",
+    "kernel_name",
+]

@@ -1,0 +1,1 @@
+"""Shared memory between a worker and its attention servers: layout.h and its Python mirror."""
