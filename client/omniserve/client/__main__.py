@@ -1,0 +1,5 @@
+"""`python -m omniserve.client` is the `omniserve` command."""
+
+from omniserve.client.cli import main
+
+main()

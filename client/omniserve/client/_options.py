@@ -1,0 +1,47 @@
+"""Command line options out of a settings class: one definition of each name and default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+from omniserve.errors import SettingsError
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings
+
+S = TypeVar("S", bound=BaseSettings)
+Command = Callable[..., Any]
+
+
+def options_of(*kinds: type[BaseSettings]) -> Callable[[Command], Command]:
+    """Adds an option for each field of the settings classes; equal names become one option."""
+    fields = {name: (kind, info) for kind in kinds for name, info in kind.model_fields.items()}
+
+    def decorate(command: Command) -> Command:
+        for name, (kind, info) in reversed(fields.items()):
+            variable = f"{kind.model_config['env_prefix']}{name}".upper()
+            default = getattr(info.default, "value", info.default)  # of an enum
+            shown = default if default != "" else "none"
+            command = click.option(
+                f"--{name.replace('_', '-')}",
+                name,
+                help=f"{info.description}  [env: {variable}; default: {shown}]",
+            )(command)
+        return command
+
+    return decorate
+
+
+def read(kind: type[S], flags: dict[str, Any]) -> S:
+    """Builds settings from the given flags, then the environment, then defaults.
+
+    Raises SettingsError that names the field.
+    """
+    given = {k: v for k, v in flags.items() if v is not None and k in kind.model_fields}
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"{field}: {first['msg']}", field=field) from error
