@@ -26,33 +26,35 @@ class ConnectSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="OMNISERVE_", frozen=True, extra="forbid")
 
-    address: str = Field(DEFAULT_ADDRESS, description="Control plane, host:port.")
+    address: str = Field(default=DEFAULT_ADDRESS, description="Control plane, host:port.")
 
 
 class GenerateSettings(ConnectSettings):
     """Settings of `omniserve generate`."""
 
-    model: str = Field("", description="Model name; empty is the first one served.")
-    max_tokens: int = Field(128, ge=1, description="Tokens to generate.")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy.")
-    seed: int = Field(0, ge=0, description="Of sampling.")
+    model: str = Field(default="", description="Model name; empty is the first one served.")
+    max_tokens: int = Field(default=128, ge=1, description="Tokens to generate.")
+    temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
+    seed: int = Field(default=0, ge=0, description="Of sampling.")
     service_class: ServiceClass = Field(
-        ServiceClass.LATENCY_SENSITIVE, description="latency_sensitive or best_effort."
+        default=ServiceClass.LATENCY_SENSITIVE, description="latency_sensitive or best_effort."
     )
-    timeout_s: float = Field(300.0, gt=0, description="For the whole answer, s.")
+    timeout_s: float = Field(default=300.0, gt=0, description="For the whole answer, s.")
 
 
 class DemoStackSettings(StackSettings):
     """As for `up`, but beside whatever else runs here."""
 
-    port: int = Field(0, ge=0, le=65535, description="Public port; 0 picks a free one.")
-    run_dir: str = Field("runs/demo", description="Folder for logs.")
+    port: int = Field(default=0, ge=0, le=65535, description="Public port; 0 picks a free one.")
+    run_dir: str = Field(default="runs/demo", description="Folder for logs.")
 
 
 class DemoBenchSettings(BenchSettings):
     """As for `bench`."""
 
-    output_dir: str = Field("runs/demo", description="Folder for report.json and report.png.")
+    output_dir: str = Field(
+        default="runs/demo", description="Folder for report.json and report.png."
+    )
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
