@@ -23,7 +23,7 @@ from __future__ import annotations
 PREFIX = "omniserve:"
 HEARTBEAT_TTL_S = 3.0
 LIMITS_LOCK_TTL_S = 1.0
-REQUEST_TTL_S = 3600.0
+REQUEST_TTL_S = 600.0
 
 WORKERS_PATTERN = f"{PREFIX}worker:*"
 LIMITS = f"{PREFIX}limits"

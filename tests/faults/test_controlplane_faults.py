@@ -143,3 +143,27 @@ def test_a_port_in_use_is_a_typed_error(stack: Stack) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "controlplane: ADDRESS_IN_USE: cannot listen on" in done.stderr
+
+
+def test_limits_are_decided_by_one_control_plane_and_another_goes_on_when_it_dies(
+    stack: Stack,
+) -> None:
+    stack.worker()
+    first = stack.controlplane()
+    holder = wait_for("a holder of the lock", lambda: stack.redis.get(keys.LIMITS_LOCK))
+    second = stack.controlplane()
+    assert stack.redis.get(keys.LIMITS_LOCK) == holder
+
+    def rows(controlplane: ControlPlane) -> int:
+        status = controlplane.status.GetStatus(status_pb2.GetStatusRequest())
+        return int(status.limits.be_rows_per_stage)
+
+    reached = wait_for("limits that grew", lambda: rows(first) > 18 and rows(first))
+    wait_for("the other to follow", lambda: rows(second) >= reached)
+    first.kill()
+    taken = wait_for(
+        "another holder",
+        lambda: stack.redis.get(keys.LIMITS_LOCK) not in (None, holder),
+    )
+    assert taken
+    wait_for("limits that go on growing from there", lambda: rows(second) > reached)

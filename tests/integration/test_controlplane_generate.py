@@ -326,3 +326,11 @@ def _lose_worker_while_streaming(
     threading.Thread(target=bring_back, daemon=True).start()
     got += tokens(list(call))
     return got, replaced.wait(10)
+
+
+def test_a_repeated_id_gets_the_same_answer_and_a_job_s_id_is_refused(
+    controlplane: ControlPlane,
+) -> None:
+    first = tokens(list(controlplane.inference.Generate(ask(request_id="twice"))))
+    assert tokens(list(controlplane.inference.Generate(ask(request_id="twice")))) == first
+    assert error_of(controlplane, ask(request_id="job:x:0")).field == "request_id"

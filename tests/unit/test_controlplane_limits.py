@@ -2,7 +2,6 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
-
 from omniserve.controlplane import limits
 from omniserve.controlplane.limits import STEP_S, Limits, State, decide
 from omniserve.controlplane.slo_state import Window

@@ -12,17 +12,18 @@ from typing import Any
 
 from omniserve.controlplane import prompts
 from omniserve.controlplane.admission import admit, predict_ttft_ms
-from omniserve.controlplane.detokenizer import Piece
 from omniserve.controlplane.limits_loop import LimitsView
 from omniserve.controlplane.placements import Placement, Placements
+from omniserve.controlplane.response_writer import ResponseWriter
 from omniserve.controlplane.router import Router, Worker
 from omniserve.controlplane.rpc_errors import typed_errors
 from omniserve.controlplane.settings import Settings
 from omniserve.controlplane.slo_state import SloState, Timing
-from omniserve.controlplane.token_stream import TokenStream, cancel_at
+from omniserve.controlplane.token_stream import Tokens, TokenStream, cancel_at
 from omniserve.controlplane.validator import Validator
 from omniserve.errors import (
     QueueFullError,
+    RequestExistsError,
     RequestNotFoundError,
     SloUnattainableError,
     StoreUnavailableError,
@@ -48,15 +49,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> None:
         started_s = time.monotonic()
         work = await self.validator.generate(request)
-        placement = await self._find(request)
+        worker, base = await self._find(request)
         work.request_id = work.request_id or uuid.uuid4().hex
         if work.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT:
             with self._be_slot():
-                await self._serve(work, placement, be_cost, context, lambda _count: None)
-            return
-        timing = Timing(started_s, work.slo.ttft_ms, work.slo.tpot_ms)
-        with self._judged(timing, resumed=request.resume_offset > 0):
-            await self._serve_ls(work, placement, timing, context)
+                worker = worker or self.router.pick(be_cost)
+                await self._serve(work, worker, base, be_cost, context, lambda _tokens: None)
+        elif worker is not None and request.resume_offset:  # admitted and judged where it began
+            cost = self._ls_cost(work)
+            await self._serve(work, worker, base, cost, context, lambda _tokens: None)
+        else:
+            timing = Timing(started_s, work.slo.ttft_ms, work.slo.tpot_ms)
+            with self._judged(timing):
+                await self._serve_new_ls(work, worker, timing, context)
 
     @typed_errors
     async def Cancel(  # noqa: N802
@@ -85,44 +90,52 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             model.dtype, model.device = worker.report.dtype, worker.report.status.device
         return inference_pb2.ListModelsResponse(models=[model])
 
-    async def _find(self, request: inference_pb2.GenerateRequest) -> Placement | None:
-        """Where a request that may be running already is, if it is anywhere."""
-        if not request.request_id:
-            return None
+    async def _find(self, request: inference_pb2.GenerateRequest) -> tuple[Worker | None, int]:
+        """Returns the worker that may have the request already, and its Placement.base.
+
+        A repeated id without an offset goes there too, as its caller may have missed the answer.
+        """
+        # A new request must not wait for Redis to time out.
+        if not request.request_id or not (request.resume_offset or self.router.redis_reachable):
+            return None, 0
         try:
             placement = await self.placements.get(request.request_id)
         except StoreUnavailableError:
             if request.resume_offset:
                 raise
-            return None
-        if placement is not None and self.router.find(placement.worker_id) is None:
-            placement = None
-        if request.resume_offset and (placement is None or request.resume_offset <= placement.base):
+            return None, 0
+        worker = self.router.find(placement.worker_id) if placement else None
+        base = placement.base if placement and worker else 0
+        if base and not request.resume_offset:
+            raise RequestExistsError(
+                f"request {request.request_id!r} runs or ended lately; resume it or choose "
+                "another id",
+                field="request_id",
+            )
+        if request.resume_offset and (worker is None or request.resume_offset <= base):
             raise RequestNotFoundError(
                 f"no worker has request {request.request_id!r} from token "
                 f"{request.resume_offset} on",
                 field="request_id",
             )
-        return placement
+        return worker, base
 
-    async def _serve_ls(
+    def _ls_cost(self, work: worker_pb2.WorkerServiceGenerateRequest) -> Callable[[Worker], float]:
+        running_max = self.view.limits.ls_running_max
+        prompt_tokens = len(work.prompt_token_ids)
+        return lambda worker: predict_ttft_ms(worker.load(running_max), prompt_tokens)
+
+    async def _serve_new_ls(
         self,
         work: worker_pb2.WorkerServiceGenerateRequest,
-        placement: Placement | None,
+        worker: Worker | None,
         timing: Timing,
         context: Any,
     ) -> None:
+        cost = self._ls_cost(work)
         prompt_tokens = len(work.prompt_token_ids)
-        running_max = self.view.limits.ls_running_max
-
-        def cost(worker: Worker) -> float:
-            return predict_ttft_ms(worker.load(running_max), prompt_tokens)
-
-        if placement is not None:
-            await self._serve(work, placement, cost, context, timing.tokens_now)
-            return
-        worker = self.router.pick(cost)
-        load = worker.load(running_max)
+        worker = worker or self.router.pick(cost)
+        load = worker.load(self.view.limits.ls_running_max)
         verdict = admit(load, prompt_tokens, work.slo.ttft_ms, self.settings.ls_waiting_max)
         if not verdict.admitted:
             raise SloUnattainableError(
@@ -132,30 +145,32 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             )
         with self.router.prefilling(worker, prompt_tokens) as answered:
 
-            def on_tokens(count: int) -> None:
+            def on_tokens(tokens: Tokens) -> None:
                 answered()
-                timing.tokens_now(count)
+                timing.failed = tokens.finish_reason == types_pb2.FINISH_REASON_ERROR
+                if tokens.token_ids:
+                    timing.tokens_at(time.monotonic(), len(tokens.token_ids))
 
-            await self._serve(work, Placement(worker.worker_id, 0), cost, context, on_tokens)
+            await self._serve(work, worker, 0, cost, context, on_tokens)
 
     async def _serve(
         self,
         work: worker_pb2.WorkerServiceGenerateRequest,
-        placement: Placement | None,
+        worker: Worker,
+        base: int,
         cost: Callable[[Worker], float],
         context: Any,
-        on_tokens: Callable[[int], None],
+        on_tokens: Callable[[Tokens], None],
     ) -> None:
-        """Streams `work`, from where it is if it is anywhere, else from the cheapest worker."""
-        worker = self.router.find(placement.worker_id) if placement else None
+        """Streams `work` from `worker`, or from others by `cost` once that is lost."""
         stream = TokenStream(
             self.router,
-            worker or self.router.pick(cost),
+            worker,
             work,
             cost=cost,
             patience_s=self.settings.failover_s,
             stop_tokens=self.validator.tokenizer.stop_tokens,
-            base=placement.base if placement and worker else 0,
+            base=base,
             timeout_s=context.time_remaining(),
             placed=lambda worker, base: self.placements.put(
                 work.request_id, Placement(worker.worker_id, base)
@@ -163,46 +178,20 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         )
         self._running[work.request_id] = stream
         try:
-            await self._forward(stream, work, context, on_tokens)
+            writer = ResponseWriter(
+                context,
+                self.validator.tokenizer.detokenizer(),
+                work.request_id,
+                len(work.prompt_token_ids),
+                stream.offset,
+            )
+            async with aclosing(stream.events()) as events:
+                async for tokens in events:
+                    on_tokens(tokens)
+                    await writer.write(tokens)
         finally:
             if self._running.get(work.request_id) is stream:
                 del self._running[work.request_id]
-
-    async def _forward(
-        self,
-        stream: TokenStream,
-        work: worker_pb2.WorkerServiceGenerateRequest,
-        context: Any,
-        on_tokens: Callable[[int], None],
-    ) -> None:
-        detokenizer = self.validator.tokenizer.detokenizer()
-        sent = stream.offset
-
-        async def send(piece: Piece) -> None:
-            nonlocal sent
-            if piece.token_ids:
-                chunk = inference_pb2.Chunk(offset=sent, token_ids=piece.token_ids, text=piece.text)
-                sent += len(piece.token_ids)
-                await context.write(
-                    inference_pb2.GenerateResponse(request_id=work.request_id, chunk=chunk)
-                )
-
-        async with aclosing(stream.events()) as events:
-            async for event in events:
-                if event.token_ids:
-                    on_tokens(len(event.token_ids))
-                await send(detokenizer.push(event.token_ids))
-                if event.finish_reason:
-                    await send(detokenizer.flush())
-                    usage = types_pb2.Usage(
-                        prompt_tokens=len(work.prompt_token_ids), completion_tokens=stream.offset
-                    )
-                    finished = inference_pb2.Finished(reason=event.finish_reason, usage=usage)
-                    await context.write(
-                        inference_pb2.GenerateResponse(
-                            request_id=work.request_id, finished=finished
-                        )
-                    )
 
     @contextmanager
     def _be_slot(self) -> Iterator[None]:
@@ -218,21 +207,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             self._be_in_flight -= 1
 
     @contextmanager
-    def _judged(self, timing: Timing, *, resumed: bool) -> Iterator[None]:
-        """Records whether the request met its SLO; a resumed one was judged where it began."""
+    def _judged(self, timing: Timing) -> Iterator[None]:
+        """Records whether a request met its SLO; refused or failed, it did not."""
         try:
             yield
         except asyncio.CancelledError:
             # A caller who gave up after the SLO had passed saw a miss; before, nothing is known.
-            if not resumed and timing.missed_by(time.monotonic()):
+            if timing.missed_by(time.monotonic()):
                 self.slo_state.record(met=False)
             raise
         except Exception:
-            if not resumed:
-                self.slo_state.record(met=False)
+            self.slo_state.record(met=False)
             raise
-        if not resumed:
-            self.slo_state.record(met=timing.met())
+        self.slo_state.record(met=timing.met())
 
 
 def be_cost(worker: Worker) -> float:

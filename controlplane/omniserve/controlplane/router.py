@@ -29,6 +29,9 @@ from omniserve.v1 import status_pb2
 log = logging.getLogger(__name__)
 
 SCAN_S = 0.2
+# How often to look for new workers among all keys, which costs more than to read known ones.
+DISCOVER_S = 1.0
+DISCOVER_KEYS = 1000
 # Oldest that a heartbeat's telemetry can be when it is read: workers write five a second.
 TELEMETRY_AGE_S = 0.2
 # Redis may have been restarted empty: its workers show up again within this time.
@@ -92,6 +95,7 @@ class Router:
         self._model = model
         self._clock_s = clock_s
         self._workers: dict[str, Worker] = {}
+        self._discovered_s = 0.0
         self.redis_reachable = False
 
     @property
@@ -131,7 +135,7 @@ class Router:
     async def scan(self) -> None:
         try:
             with store_errors():
-                names = [key async for key in self._redis.scan_iter(keys.WORKERS_PATTERN)]
+                names = await self._heartbeat_keys()
                 values = await self._redis.mget(names) if names else []
         except StoreUnavailableError as error:
             if self.redis_reachable:
@@ -153,6 +157,14 @@ class Router:
     async def close(self) -> None:
         for worker in self.workers:
             await worker.channel.close(None)
+
+    async def _heartbeat_keys(self) -> list[str | bytes]:
+        if self._workers and self._clock_s() - self._discovered_s < DISCOVER_S:
+            return [keys.worker(worker_id) for worker_id in self._workers]
+        scan = self._redis.scan_iter(keys.WORKERS_PATTERN, count=DISCOVER_KEYS)
+        names = [key async for key in scan]
+        self._discovered_s = self._clock_s()
+        return names
 
     def _hear(self, heartbeat: bytes, now_s: float) -> None:
         try:

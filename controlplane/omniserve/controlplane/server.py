@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +51,8 @@ async def serve(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
     server = grpc.aio.server(options=SERVER_OPTIONS)
     bind(server, settings.listen)  # before the slow steps: a port in use shows at once
-    words = tokenizer.load(Path(settings.model_path))
     redis = store.connect(settings.redis_url)
+    words = tokenizer.load(Path(settings.model_path))
     router = Router(redis, settings.model)
     slo_state = SloState(redis, settings.slo_window_s)
     view = LimitsView()
@@ -89,15 +90,12 @@ async def serve(settings: Settings) -> None:
     add_reflection(server, SERVICES)
 
     await router.scan()  # so that the first request finds the workers
-    loops = [
+    routing = asyncio.create_task(router.run())
+    working = [
         asyncio.create_task(loop)
-        for loop in (
-            router.run(),
-            limits_loop.run(),
-            dispatcher.run(),
-            report_health(health, router),
-        )
+        for loop in (limits_loop.run(), dispatcher.run(), report_health(health, router))
     ]
+    loops = [routing, *working]
     await server.start()
     log.info("listening on %s", settings.listen)
     stopped = asyncio.create_task(stopping.wait())
@@ -105,14 +103,20 @@ async def serve(settings: Settings) -> None:
     await asyncio.wait([stopped, *loops], return_when=asyncio.FIRST_COMPLETED)
     failed = [loop for loop in loops if loop.done()]
     await health.enter_graceful_shutdown()
+    # Limits and jobs go to another control plane now; streams here may still need a worker.
+    await end(working)
     await server.stop(settings.drain_s)
-    for loop in loops:
-        loop.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
+    await end([routing])
     await router.close()
     await redis.aclose()
     for loop in failed:
         loop.result()
+
+
+async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def report_health(health: Any, router: Router) -> None:

@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     """Time per output token that an LS request gets if it names none."""
     slo_target: float = Field(0.95, gt=0, le=1)
     """Share of LS requests that shall meet both."""
-    slo_window_s: int = Field(30, ge=1, le=3600)
+    slo_window_s: int = Field(30, ge=1, le=300)
     """Attainment is measured over this long."""
     default_max_tokens: int = Field(256, ge=1)
     """Tokens to generate if a request names no number."""

@@ -33,15 +33,14 @@ class Timing:
     first_s: float | None = None
     last_s: float = 0.0
     tokens: int = 0
+    failed: bool = False
+    """It ended with FINISH_REASON_ERROR."""
 
     def tokens_at(self, now_s: float, count: int) -> None:
         if self.first_s is None:
             self.first_s = now_s
         self.last_s = now_s
         self.tokens += count
-
-    def tokens_now(self, count: int) -> None:
-        self.tokens_at(time.monotonic(), count)
 
     @property
     def ttft_ms(self) -> float | None:
@@ -55,7 +54,7 @@ class Timing:
         return (self.last_s - self.first_s) * 1e3 / (self.tokens - 1)
 
     def met(self) -> bool:
-        if self.ttft_ms is None or self.ttft_ms > self.ttft_ms_max:
+        if self.failed or self.ttft_ms is None or self.ttft_ms > self.ttft_ms_max:
             return False
         return self.tpot_ms is None or self.tpot_ms <= self.tpot_ms_max
 

@@ -74,6 +74,7 @@ class TokenStream:
         self._first_offset = request.resume_offset
         self._seen: list[int] = []
         self._cancelled = False
+        self._finished = False
 
     @property
     def request_id(self) -> str:
@@ -85,9 +86,9 @@ class TokenStream:
         return self._first_offset + len(self._seen)
 
     async def cancel(self) -> bool:
-        """Ends the request at its worker at once; False if the worker no longer had it."""
+        """Ends the request at its worker at once; False if it had ended."""
         self._cancelled = True
-        return await cancel_at(self.worker, self.request_id)
+        return await cancel_at(self.worker, self.request_id) or not self._finished
 
     async def events(self) -> AsyncGenerator[Tokens, None]:
         """Raises NoWorkerError after `patience_s` without a worker, else the worker's error."""
@@ -97,8 +98,9 @@ class TokenStream:
             try:
                 async with aclosing(self._attempt()) as tokens:
                     async for event in tokens:
+                        self._finished = bool(event.finish_reason)
                         yield event
-                        if event.finish_reason:
+                        if self._finished:
                             return
             except RequestNotFoundError:
                 # The worker restarted since, or its lease on the request has ended.
@@ -111,10 +113,11 @@ class TokenStream:
             if self.offset > before or lost_s is None:
                 lost_s = time.monotonic()
             ended = self._ended()
-            if ended:
+            if ended is None and not await self._move(lost_s):
+                ended = types_pb2.FINISH_REASON_CANCELLED
+            if ended is not None:
                 yield Tokens([], ended)
                 return
-            await self._move(lost_s)
 
     async def _attempt(self) -> AsyncGenerator[Tokens, None]:
         self._placed(self.worker, self._base)
@@ -141,11 +144,9 @@ class TokenStream:
             call.cancel()
         raise WorkerLostError("its stream ended early")
 
-    async def _move(self, lost_s: float) -> None:
-        """Waits for a worker to go on at: another, or the same one again."""
-        while True:
-            if self._cancelled:
-                return
+    async def _move(self, lost_s: float) -> bool:
+        """Waits for a worker to go on at, another or the same again; False if cancelled."""
+        while not self._cancelled:
             if time.monotonic() - lost_s > self._patience_s:
                 raise NoWorkerError(f"no worker for {self._patience_s:.0f} s", retry_after_s=1.0)
             await asyncio.sleep(RETRY_S)
@@ -158,7 +159,8 @@ class TokenStream:
                     continue  # only the old worker has the tokens before our first offset
                 self._base = self.offset
             self.worker = worker
-            return
+            return True
+        return False
 
     def _worker_request(self) -> worker_pb2.WorkerServiceGenerateRequest:
         """The request with `base` generated tokens behind its prompt, resumed at our offset.

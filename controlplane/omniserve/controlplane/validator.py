@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,8 @@ from omniserve.errors import InvalidArgumentError
 from omniserve.internal.v1.worker_pb2 import WorkerServiceGenerateRequest
 from omniserve.v1 import inference_pb2, jobs_pb2, types_pb2
 
-# Leaves room for "job:" and ":<index>" in the request ids of a job's items.
+JOB_PREFIX = "job:"
+# Leaves room for JOB_PREFIX and ":<index>" in the request ids of a job's items.
 JOB_ID_CHARS = 100
 CUSTOM_ID_CHARS = 512
 
@@ -30,6 +32,10 @@ class Validator:
         """Cheap checks come first: no text is tokenised for a request that cannot run."""
         if request.request_id:
             prompts.check_id(request.request_id, "request_id", prompts.REQUEST_ID_CHARS)
+            if request.request_id.startswith(JOB_PREFIX):
+                raise InvalidArgumentError(
+                    f"{JOB_PREFIX!r} begins the ids of jobs' items", field="request_id"
+                )
         elif request.resume_offset:
             raise InvalidArgumentError("needed to resume", field="request_id")
         prompts.check_model(request.model, self.settings.model)
@@ -39,8 +45,9 @@ class Validator:
         work = await self._prompt(request, request.WhichOneof("prompt"), "")
         work.request_id = request.request_id
         work.service_class = request.service_class or types_pb2.SERVICE_CLASS_LATENCY_SENSITIVE
-        work.slo.ttft_ms = request.slo.ttft_ms or self.settings.slo_ttft_ms
-        work.slo.tpot_ms = request.slo.tpot_ms or self.settings.slo_tpot_ms
+        if work.service_class == types_pb2.SERVICE_CLASS_LATENCY_SENSITIVE:
+            work.slo.ttft_ms = request.slo.ttft_ms or self.settings.slo_ttft_ms
+            work.slo.tpot_ms = request.slo.tpot_ms or self.settings.slo_tpot_ms
         work.resume_offset = request.resume_offset
         return work
 
@@ -65,9 +72,10 @@ class Validator:
                 )
             names.add(name)
             work = await self._prompt(item, item.WhichOneof("prompt"), f"items[{index}].")
-            work.request_id = f"job:{job_id}:{index}"
+            work.request_id = f"{JOB_PREFIX}{job_id}:{index}"
             work.service_class = types_pb2.SERVICE_CLASS_BEST_EFFORT
             items.append((name, work))
+            await asyncio.sleep(0)  # thousands of short texts must not hold up the streams
         return items
 
     async def _prompt(
