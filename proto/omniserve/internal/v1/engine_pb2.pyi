@@ -1,3 +1,4 @@
+from omniserve.internal.v1 import attention_pb2 as _attention_pb2
 from omniserve.internal.v1 import worker_pb2 as _worker_pb2
 from omniserve.v1 import status_pb2 as _status_pb2
 from omniserve.v1 import types_pb2 as _types_pb2
@@ -10,16 +11,26 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineCommand(_message.Message):
-    __slots__ = ("submit", "cancel", "limits", "shutdown")
+    __slots__ = ("submit", "cancel", "limits", "shutdown", "attach")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_FIELD_NUMBER: _ClassVar[int]
     submit: _worker_pb2.WorkerServiceGenerateRequest
     cancel: str
     limits: _status_pb2.Limits
     shutdown: Shutdown
-    def __init__(self, submit: _Optional[_Union[_worker_pb2.WorkerServiceGenerateRequest, _Mapping]] = ..., cancel: _Optional[str] = ..., limits: _Optional[_Union[_status_pb2.Limits, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ...) -> None: ...
+    attach: AttachServer
+    def __init__(self, submit: _Optional[_Union[_worker_pb2.WorkerServiceGenerateRequest, _Mapping]] = ..., cancel: _Optional[str] = ..., limits: _Optional[_Union[_status_pb2.Limits, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., attach: _Optional[_Union[AttachServer, _Mapping]] = ...) -> None: ...
+
+class AttachServer(_message.Message):
+    __slots__ = ("index", "segment")
+    INDEX_FIELD_NUMBER: _ClassVar[int]
+    SEGMENT_FIELD_NUMBER: _ClassVar[int]
+    index: int
+    segment: _attention_pb2.AttachResponse
+    def __init__(self, index: _Optional[int] = ..., segment: _Optional[_Union[_attention_pb2.AttachResponse, _Mapping]] = ...) -> None: ...
 
 class Shutdown(_message.Message):
     __slots__ = ()
@@ -40,18 +51,20 @@ class EngineEvent(_message.Message):
     def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., sampled: _Optional[_Union[SampledTokens, _Mapping]] = ..., ended: _Optional[_Union[RequestEnded, _Mapping]] = ..., telemetry: _Optional[_Union[_status_pb2.Telemetry, _Mapping]] = ...) -> None: ...
 
 class EngineReady(_message.Message):
-    __slots__ = ("model", "context_tokens", "vocabulary_tokens", "ls_tokens_max", "be_tokens_max")
+    __slots__ = ("model", "context_tokens", "vocabulary_tokens", "ls_tokens_max", "be_prompt_tokens_max", "geometry")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LS_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
-    BE_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    BE_PROMPT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    GEOMETRY_FIELD_NUMBER: _ClassVar[int]
     model: str
     context_tokens: int
     vocabulary_tokens: int
     ls_tokens_max: int
-    be_tokens_max: int
-    def __init__(self, model: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., ls_tokens_max: _Optional[int] = ..., be_tokens_max: _Optional[int] = ...) -> None: ...
+    be_prompt_tokens_max: int
+    geometry: _attention_pb2.Geometry
+    def __init__(self, model: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ..., geometry: _Optional[_Union[_attention_pb2.Geometry, _Mapping]] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("reason", "message")

@@ -1,0 +1,186 @@
+"""Runs a GPU worker: `python -m omniserve.gpuworker --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import multiprocessing
+import secrets
+import signal
+import sys
+import tempfile
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import redis.asyncio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from omniserve import keys
+from omniserve.attnkernel import Bell
+from omniserve.errors import OmniServeError
+from omniserve.gpuworker import engine_process
+from omniserve.gpuworker.attachments import Attachments
+from omniserve.gpuworker.channel import FrontChannel
+from omniserve.gpuworker.front import WorkerFront
+from omniserve.gpuworker.settings import WorkerSettings, load_settings
+from omniserve.internal.v1 import attention_pb2, engine_pb2, worker_pb2, worker_pb2_grpc
+from omniserve.rpc import SERVER_OPTIONS, add_reflection, bind, exit_on_error
+from omniserve.v1 import status_pb2
+
+_log = logging.getLogger("omniserve.gpuworker")
+_SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
+_HEARTBEAT_S = 0.2
+_DRAIN_S = 5.0
+# The engine reports ten times a second; silence this long means that it makes no progress.
+_PROGRESS_S = 10.0
+
+
+class Worker:
+    """The front process: starts the engine, the gRPC server and the background tasks."""
+
+    def __init__(self, settings: WorkerSettings, folder: str) -> None:
+        self._settings = settings
+        self._epoch = secrets.randbits(63)
+        self._bell_path = str(settings.shm_dir / f"{settings.worker_id}.bell")
+        self._endpoint = f"ipc://{folder}/engine"
+        self._channel = FrontChannel(self._endpoint, Bell(self._bell_path, create=True))
+        self._attachments: Attachments | None = None
+        self._front = WorkerFront(settings, self._channel, self._server_stats)
+        self._health = health.aio.HealthServicer()
+        context = multiprocessing.get_context("spawn")
+        self._engine = context.Process(
+            target=engine_process.run,
+            args=(settings, self._endpoint, self._bell_path),
+            name="omniserve-engine",
+        )
+
+    async def run(self) -> None:
+        """Serves until SIGTERM or SIGINT, or until the engine dies. Raises typed errors."""
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        server = grpc.aio.server(options=SERVER_OPTIONS)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self._front, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        add_reflection(server, [_SERVICE])
+        bind(server, self._settings.listen)
+        await self._say(serving=False)
+        self._engine.start()
+        tasks = [asyncio.ensure_future(self._front.take_events())]
+        try:
+            await server.start()
+            await self._until_ready(stop)
+            if not stop.is_set():
+                tasks += [asyncio.ensure_future(work) for work in self._background(stop)]
+                await stop.wait()
+                await self._say(serving=False)
+                await self._front.drain(_DRAIN_S)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await server.stop(grace=1.0)
+            await self._stop_engine()
+            Path(self._bell_path).unlink(missing_ok=True)
+        if self._engine.exitcode:
+            raise OmniServeError(f"the engine ended with status {self._engine.exitcode}")
+
+    async def _until_ready(self, stop: asyncio.Event) -> None:
+        ready = asyncio.ensure_future(self._front.ready())
+        while not ready.done() and not stop.is_set():
+            if not self._engine.is_alive() and self._engine.exitcode:
+                raise OmniServeError(f"the engine ended with status {self._engine.exitcode}")
+            await asyncio.wait([ready], timeout=0.2)
+        if not ready.done():
+            ready.cancel()
+            return
+        request = attention_pb2.AttachRequest(
+            worker_id=self._settings.worker_id,
+            epoch=self._epoch,
+            geometry=ready.result().geometry,
+            bell_path=self._bell_path,
+        )
+        addresses = self._settings.attention_server_addresses
+        self._attachments = Attachments(addresses, request, self._channel.send)
+        _log.info("engine ready: %s on %s", self._settings.model, self._settings.device)
+
+    def _background(self, stop: asyncio.Event) -> Iterator[Coroutine[Any, Any, None]]:
+        assert self._attachments is not None
+        yield self._attachments.run()
+        yield self._watch_engine(stop)
+        if self._settings.redis_url:
+            yield self._heartbeat()
+
+    async def _watch_engine(self, stop: asyncio.Event) -> None:
+        """Health says SERVING while the engine makes progress; its death ends the worker."""
+        seen, seen_at = -1, 0.0
+        loop = asyncio.get_running_loop()
+        while not stop.is_set():
+            if not self._engine.is_alive():
+                _log.error("the engine ended with status %s", self._engine.exitcode)
+                stop.set()
+                return
+            if self._front.events_seen != seen:
+                seen, seen_at = self._front.events_seen, loop.time()
+            attached = self._attachments is not None and self._attachments.complete
+            await self._say(serving=attached and loop.time() - seen_at < _PROGRESS_S)
+            await asyncio.sleep(0.1)
+
+    async def _heartbeat(self) -> None:
+        """Tells Redis where this worker is and how it fares. Redis may come and go."""
+        store = redis.asyncio.from_url(self._settings.redis_url)
+        key = keys.worker(self._settings.worker_id)
+        try:
+            while True:
+                if self._attachments is not None and self._attachments.complete:
+                    status = (await self._front.status()).SerializeToString()
+                    beat = {
+                        "address": self._settings.listen,
+                        "status": base64.b64encode(status).decode(),
+                    }
+                    with contextlib.suppress(redis.asyncio.RedisError, OSError):
+                        ttl_ms = int(keys.HEARTBEAT_TTL_S * 1000)
+                        await store.set(key, json.dumps(beat), px=ttl_ms)
+                await asyncio.sleep(_HEARTBEAT_S)
+        finally:
+            with contextlib.suppress(redis.asyncio.RedisError, OSError):
+                await store.delete(key)
+            await store.aclose()
+
+    async def _say(self, *, serving: bool) -> None:
+        status = health_pb2.HealthCheckResponse
+        value = status.SERVING if serving else status.NOT_SERVING
+        for service in ("", _SERVICE):
+            await self._health.set(service, value)
+
+    async def _stop_engine(self) -> None:
+        if self._engine.is_alive():
+            await self._channel.send(engine_pb2.EngineCommand(shutdown=engine_pb2.Shutdown()))
+        await asyncio.to_thread(self._engine.join, 5.0)
+        if self._engine.is_alive():
+            self._engine.kill()
+            await asyncio.to_thread(self._engine.join)
+        self._channel.close()
+
+    def _server_stats(self) -> list[status_pb2.AttentionServerStatus]:
+        return self._attachments.stats if self._attachments is not None else []
+
+
+async def _serve(settings: WorkerSettings) -> None:
+    with tempfile.TemporaryDirectory(prefix="omniserve-") as folder:
+        await Worker(settings, folder).run()
+
+
+def main() -> None:
+    with exit_on_error("omniserve-gpuworker"):
+        settings = load_settings(sys.argv[1:])
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        asyncio.run(_serve(settings))
+
+
+if __name__ == "__main__":
+    main()

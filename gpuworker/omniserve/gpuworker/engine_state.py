@@ -1,0 +1,57 @@
+"""What the scheduler may look at: requests by place, memory, limits, and the parking lot."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+from omniserve.gpuworker.requests import Place, Request
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Set by the control plane; see omniserve.v1.Limits."""
+
+    ls_running_max: int = 64
+    be_rows_per_stage: int = 16
+    be_prefill_tokens: int = 64
+    be_device_kv_share: float = 0.5
+    safety_margin: float = 0.2
+
+
+@dataclass
+class EngineState:
+    """Plain data, written by the engine's loop only; policies read it and change nothing."""
+
+    blocks_total: int
+    page_tokens: int
+    stages: int
+    blocks_free: int = 0
+    limits: Limits = field(default_factory=Limits)
+    ls_waiting: deque[Request] = field(default_factory=deque)
+    ls_running: list[Request] = field(default_factory=list)
+    be_waiting: deque[Request] = field(default_factory=deque)
+    be_device: list[Request] = field(default_factory=list)
+    """PREFILLING or DEVICE, oldest first."""
+    be_host: list[Request] = field(default_factory=list)
+    """HOST or RESTORING, oldest first."""
+    be_cohort_stage: int = -1
+    """Next stage of the BE cohort under way; -1 if there is none."""
+    be_cohort_rows: int = 0
+    ready_by_stage: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
+    rows_away: int = 0
+
+    @property
+    def be_blocks(self) -> int:
+        """Device pages that BE requests hold."""
+        held = sum(len(r.blocks) for r in self.be_device)
+        return held + sum(len(r.blocks) for r in self.be_host if r.place is Place.RESTORING)
+
+    @property
+    def be_blocks_max(self) -> int:
+        return int(self.blocks_total * self.limits.be_device_kv_share)
+
+    def pages_for(self, tokens: int) -> int:
+        return -(-tokens // self.page_tokens)

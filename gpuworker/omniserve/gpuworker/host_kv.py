@@ -1,0 +1,106 @@
+"""All attention servers of the worker together: who holds which sequence, and its transfers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+from omniserve.attnkernel import PagedKv, WorkerLink
+from omniserve.gpuworker.kv.mirror import Mirror
+from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.servers import AttentionServer, Ints
+
+
+class HostKv:
+    """Routes by `request.server`. Owned by the engine's loop; nothing here blocks."""
+
+    def __init__(self, kv: PagedKv, layers: int, page_tokens: int) -> None:
+        self.servers: list[AttentionServer] = []
+        self._kv = kv
+        self._layers = layers
+        self._page_tokens = page_tokens
+        self._mirrors: dict[int, Mirror] = {}
+        self._lingering: list[Request] = []
+        """Ended here, but transfers are out: FREE follows when they are answered."""
+        self._freeing: set[tuple[int, int]] = set()
+        """(server, sequence) whose FREE is not answered yet."""
+
+    def attach(self, index: int, link: WorkerLink, pages: int) -> None:
+        """Takes a server into use; one of the same index, whose arena is lost, goes."""
+        server = AttentionServer(index, link, pages)
+        self._lingering = [r for r in self._lingering if r.server != index]
+        self._freeing = {pair for pair in self._freeing if pair[0] != index}
+        self.servers[:] = [s for s in self.servers if s.index != index] + [server]
+        self._mirrors[index] = Mirror(server, self._kv, self._layers, self._page_tokens)
+
+    def server(self, index: int) -> AttentionServer | None:
+        return next((s for s in self.servers if s.index == index), None)
+
+    def reserve(self, request: Request) -> bool:
+        """Reserves room for all of `request` at the server with most pages free."""
+        by_room = sorted(self.servers, key=lambda server: -server.pages_free)
+        return any(server.reserve(request) for server in by_room)
+
+    def release(self, request: Request) -> None:
+        """Gives the sequence back, at once or when its transfers are answered."""
+        if request.server < 0:
+            return
+        if request.transfers:
+            self._lingering.append(request)
+        else:
+            self._free(request)
+
+    def forget(self, request: Request) -> None:
+        """Its server lost its arena: there is nothing to give back."""
+        request.server = request.sequence = -1
+        request.transfers = request.mirrored_sent = 0
+
+    def mirrored(self, request: Request) -> int:
+        """Tokens whose KV the arena has in every layer; 0 without a server."""
+        server = self.server(request.server)
+        return server.mirrored(request) if server is not None else 0
+
+    def checkpoint(self, request: Request) -> int:
+        return self._mirrors[request.server].checkpoint(request)
+
+    def restore(self, request: Request) -> None:
+        self._mirrors[request.server].restore(request)
+
+    def poll(self, server: AttentionServer) -> tuple[Ints, npt.NDArray[np.uint8]]:
+        """Takes a server's answers; returns (sequences, statuses) of attention rows."""
+        slots, statuses = server.link.poll()
+        if not len(slots):
+            return slots, statuses
+        transfers = slots >= server.sequences_max
+        if transfers.any():
+            self._mirrors[server.index].answered(slots[transfers], statuses[transfers])
+            self._settle()
+        slots, statuses = slots[~transfers], statuses[~transfers]
+        freed = np.array([(server.index, s) in self._freeing for s in slots.tolist()], dtype=bool)
+        for sequence in slots[freed].tolist():
+            self._freeing.remove((server.index, sequence))
+            server.freed(sequence)
+        return slots[~freed], statuses[~freed]
+
+    def busy(self) -> bool:
+        return bool(self._lingering or self._freeing)
+
+    def check_integrity(self, requests: Iterable[Request]) -> None:
+        """Raises RuntimeError if a sequence or slot leaked."""
+        holders = [*requests, *self._lingering]
+        for server in self.servers:
+            freeing = sum(index == server.index for index, _ in self._freeing)
+            server.check_integrity(holders, freeing)
+
+    def _settle(self) -> None:
+        for request in [r for r in self._lingering if r.transfers == 0]:
+            self._lingering.remove(request)
+            self._free(request)
+
+    def _free(self, request: Request) -> None:
+        server = self.server(request.server)
+        assert server is not None, "a request of a server that was never attached"
+        self._freeing.add((request.server, request.sequence))
+        server.free(request)
+        request.server = request.sequence = -1

@@ -1,0 +1,85 @@
+"""Commands of the front, taken without ever blocking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from omniserve.gpuworker.channel import EngineChannel
+from omniserve.gpuworker.engine_state import Limits
+from omniserve.gpuworker.lifecycle import Lifecycle
+from omniserve.gpuworker.requests import Request
+from omniserve.internal.v1 import engine_pb2, worker_pb2
+from omniserve.v1 import status_pb2, types_pb2
+
+
+class Inbox:
+    """Applies commands to the lifecycle at pass boundaries; looks for LS arrivals in between."""
+
+    def __init__(
+        self, channel: EngineChannel, lifecycle: Lifecycle, clock_ns: Callable[[], int]
+    ) -> None:
+        self._channel = channel
+        self._lifecycle = lifecycle
+        self._clock_ns = clock_ns
+        self._pending: list[engine_pb2.EngineCommand] = []
+        self.stopping = False
+
+    def urgent(self) -> bool:
+        """Whether an LS request has arrived since the last `drain`."""
+        arrived = self._channel.receive()
+        self._pending.extend(arrived)
+        return any(_is_ls_submit(command) for command in arrived)
+
+    def drain(self) -> None:
+        """Applies every command that has arrived."""
+        commands = [*self._pending, *self._channel.receive()]
+        self._pending.clear()
+        for command in commands:
+            kind = command.WhichOneof("command")
+            if kind == "submit":
+                self._lifecycle.submit(_request(command.submit, self._clock_ns()))
+            elif kind == "cancel":
+                self._lifecycle.cancel(command.cancel)
+            elif kind == "limits":
+                self._lifecycle.state.limits = _limits(command.limits)
+            elif kind == "attach":
+                self._lifecycle.attach(command.attach.index, command.attach.segment)
+            elif kind == "shutdown":
+                self.stopping = True
+
+
+def _is_ls_submit(command: engine_pb2.EngineCommand) -> bool:
+    return (
+        command.WhichOneof("command") == "submit"
+        and command.submit.service_class != types_pb2.SERVICE_CLASS_BEST_EFFORT
+    )
+
+
+def _request(submit: worker_pb2.WorkerServiceGenerateRequest, now_ns: int) -> Request:
+    prompt = np.asarray(submit.prompt_token_ids, dtype=np.int64)
+    tokens = np.zeros(len(prompt) + submit.sampling.max_tokens, dtype=np.int64)
+    tokens[: len(prompt)] = prompt
+    return Request(
+        request_id=submit.request_id,
+        latency_sensitive=submit.service_class != types_pb2.SERVICE_CLASS_BEST_EFFORT,
+        tokens=tokens,
+        prompt_tokens=len(prompt),
+        known=len(prompt),
+        arrival_ns=now_ns,
+        temperature=submit.sampling.temperature,
+        seed=submit.sampling.seed,
+        ignore_eos=submit.sampling.ignore_eos,
+        ttft_slo_ns=int(submit.slo.ttft_ms * 1e6),
+        tpot_slo_ns=int(submit.slo.tpot_ms * 1e6),
+    )
+
+
+def _limits(wire: status_pb2.Limits) -> Limits:
+    return Limits(
+        ls_running_max=wire.ls_running_max,
+        be_rows_per_stage=wire.be_rows_per_stage,
+        be_prefill_tokens=wire.be_prefill_tokens_per_iteration,
+        be_device_kv_share=wire.be_device_kv_share,
+        safety_margin=wire.safety_margin,
+    )

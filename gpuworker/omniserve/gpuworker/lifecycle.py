@@ -1,0 +1,291 @@
+"""What happens to a request between arrival and end: queues, memory, moves, tokens.
+
+Called by the engine's loop only. The policies say which moves to make; this carries them out and
+keeps requests, pages, parked rows and the servers' sequences consistent.
+"""
+
+from __future__ import annotations
+
+import enum
+import random
+from collections import deque
+
+from omniserve.attnkernel import STATUS_OK, WorkerLink
+from omniserve.gpuworker.cohort import Cohort
+from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.engine_state import EngineState
+from omniserve.gpuworker.host_kv import HostKv
+from omniserve.gpuworker.kv.block_pool import BlockPool
+from omniserve.gpuworker.outbox import Outbox
+from omniserve.gpuworker.parking import ParkingLot
+from omniserve.gpuworker.placement import Moves, Placement
+from omniserve.gpuworker.requests import Place, Request
+from omniserve.gpuworker.settings import WorkerSettings
+from omniserve.gpuworker.telemetry import Counters
+from omniserve.internal.v1 import attention_pb2
+from omniserve.v1 import types_pb2
+
+
+class Path(enum.Enum):
+    """How an output token came about, for the figures."""
+
+    LS = enum.auto()
+    DEVICE_RESIDENT = enum.auto()
+    BOARDED = enum.auto()
+    BE_ONLY = enum.auto()
+
+
+class Lifecycle:
+    """Owns all requests, the device pages, the parking lot and the servers' links."""
+
+    def __init__(self, settings: WorkerSettings, device: CpuDevice, outbox: Outbox) -> None:
+        config = device.config
+        pages = settings.device_kv_tokens // settings.page_tokens
+        addresses = settings.attention_server_addresses
+        self.counters = Counters()
+        self.blocks = BlockPool(pages, settings.page_tokens)
+        self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
+        rows = max(1, settings.be_sequences_max * len(addresses))
+        self.parking = ParkingLot(rows, config.layers + 1, config.hidden, device.dtype)
+        self.host = HostKv(device.kv, config.layers, settings.page_tokens)
+        self.servers = self.host.servers
+        self.placement: Placement = settings.be_placement if addresses else "device"
+        self._eos = frozenset(config.eos_token_ids)
+        self._outbox = outbox
+        self._requests: dict[str, Request] = {}
+        self._cancelled: list[Request] = []
+        self._move_chance = settings.fault_moves_per_pass
+        self._random = random.Random(settings.fault_seed)
+
+    # --- arrivals and ends ---------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """The front has checked it; an id that is in use is its error to report."""
+        self._requests[request.request_id] = request
+        queue = self.state.ls_waiting if request.latency_sensitive else self.state.be_waiting
+        queue.append(request)
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request as soon as none of its rows is on its way."""
+        request = self._requests.get(request_id)
+        if request is not None and not request.cancelled:
+            request.cancelled = True
+            self._cancelled.append(request)
+
+    def accept(self, request: Request, token: int, path: Path, now_ns: int) -> None:
+        """Takes the sampled `token`; ends the request if it is its last."""
+        if request.generated == 0:
+            request.first_token_ns = now_ns
+        request.last_token_ns = now_ns
+        request.tokens[request.known] = token
+        request.known += 1
+        self._count(path)
+        self._outbox.token(request, token)
+
+    def accept_parked(self, request: Request, token: int, now_ns: int) -> None:
+        """As `accept`, for a row of the parking lot, which then waits at stage 0 again."""
+        row = request.row
+        beside_ls = 2 * int(self.parking.ls_stages[row]) > self.state.stages
+        self.accept(request, token, Path.BOARDED if beside_ls else Path.BE_ONLY, now_ns)
+        request.computed += 1
+        request.mirrored_sent = request.computed
+        self.parking.next_token(row, token, request.computed)
+        self._end_if_finished(request)
+
+    def set_out(self, cohort: Cohort) -> None:
+        """A cohort starts: its requests keep their pages until it has arrived."""
+        for chunk in cohort.chunks:
+            chunk.request.in_cohort = True
+
+    def arrived(self, cohort: Cohort) -> None:
+        """A cohort has run its last stage and its tokens were accepted."""
+        for chunk in cohort.chunks:
+            request = chunk.request
+            request.computed = chunk.end
+            request.in_cohort = False
+            if request.place is Place.PREFILLING and request.generated > 0:
+                request.place = Place.DEVICE
+            if request.generated > 0 and request.known == chunk.end + 1:
+                self._end_if_finished(request)
+
+    def _end_if_finished(self, request: Request) -> None:
+        if not request.ignore_eos and int(request.tokens[request.known - 1]) in self._eos:
+            self._end(request, types_pb2.FINISH_REASON_STOP)
+        elif request.known == request.limit:
+            self._end(request, types_pb2.FINISH_REASON_LENGTH)
+
+    def _end(self, request: Request, reason: types_pb2.FinishReason, error: str = "") -> None:
+        """Gives back all that `request` holds and says so to the front."""
+        queue = self._queue_of(request)
+        queue.remove(request)
+        if request.row >= 0:
+            self.parking.remove(request)
+        self.blocks.give_back(request.blocks)
+        self.host.release(request)
+        request.place = Place.ENDED
+        if request.cancelled:
+            self._cancelled.remove(request)
+        del self._requests[request.request_id]
+        self._outbox.ended(request.request_id, reason, error)
+
+    def _queue_of(self, request: Request) -> deque[Request] | list[Request]:
+        state = self.state
+        if request.latency_sensitive:
+            return state.ls_waiting if request.place is Place.WAITING else state.ls_running
+        if request.place is Place.WAITING:
+            return state.be_waiting
+        device = request.place in (Place.PREFILLING, Place.DEVICE)
+        return state.be_device if device else state.be_host
+
+    def _reap(self) -> None:
+        for request in list(self._cancelled):
+            away = request.row >= 0 and self.parking.is_away(request.row)
+            if not request.in_cohort and not away:
+                self._end(request, types_pb2.FINISH_REASON_CANCELLED)
+
+    # --- servers -------------------------------------------------------------------------
+
+    def attach(self, index: int, segment: attention_pb2.AttachResponse) -> None:
+        """Maps a server's segment; if the server lost its arena, its requests start over."""
+        server = self.host.server(index)
+        if server is not None and server.link.segment_id == segment.segment_id:
+            return
+        for request in [r for r in self._requests.values() if r.server == index]:
+            parked = request.row >= 0
+            if parked:
+                self.parking.evict(request)
+            self.host.forget(request)
+            if parked or not request.in_cohort:
+                self._requeue(request)
+        self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
+
+    def take_answers(self) -> None:
+        """Takes what the servers have answered since; never blocks."""
+        for server in self.host.servers:
+            sequences, statuses = self.host.poll(server)
+            if not len(sequences):
+                continue
+            rows = self.parking.answered(server.index, sequences)
+            for row, status in zip(rows, statuses.tolist(), strict=True):
+                request = self.parking.requests[row]
+                if status != STATUS_OK and request is not None:
+                    message = f"attention server {server.index} refused a row: status {status}"
+                    self._end(request, types_pb2.FINISH_REASON_ERROR, message)
+        self._reap()
+
+    # --- moves ---------------------------------------------------------------------------
+
+    def is_mirrored(self, request: Request) -> bool:
+        """Whether giving up the device pages of `request` costs nothing."""
+        return self.host.mirrored(request) >= request.computed and self.parking.has_room()
+
+    def waits_at_start(self, request: Request) -> bool:
+        return request.place is Place.HOST and self.parking.at_start(request.row)
+
+    def carry_out(self, moves: Moves) -> None:
+        """Makes the moves of a placement decision, in its order."""
+        for request in moves.abandon:
+            self._requeue(request)
+        for request in moves.demote:
+            self._demote(request)
+        for request in moves.admit_ls:
+            self.state.ls_waiting.remove(request)
+            request.blocks = self.blocks.take(self.blocks.pages_for(request.limit))
+            request.place = Place.PREFILLING
+            self.state.ls_running.append(request)
+        for request in moves.grow:
+            request.blocks.extend(self.blocks.take(1))
+        for request in moves.start_be:
+            self._start_be(request)
+        for request in moves.promote:
+            self._promote(request)
+
+    def move_at_random(self) -> None:
+        """The test switch: forces demotions and promotions, seeded."""
+        if self._move_chance == 0.0:
+            return
+        for request in [*self.state.be_device, *self.state.be_host]:
+            if self._random.random() >= self._move_chance:
+                continue
+            if self._may_demote(request):
+                self._demote(request)
+            elif self._may_promote(request):
+                self._promote(request)
+
+    def transfer(self) -> None:
+        """Checkpoints what was computed, goes on with restores, ends those that are complete."""
+        for request in self.state.be_device:
+            if request.server >= 0:
+                self.counters.checkpointed_tokens += self.host.checkpoint(request)
+        for request in [r for r in self.state.be_host if r.place is Place.RESTORING]:
+            self.host.restore(request)
+            if request.restored == request.computed and request.transfers == 0:
+                self.parking.remove(request)
+                self.state.be_host.remove(request)
+                self.state.be_device.append(request)
+                request.place = Place.DEVICE
+
+    def _may_demote(self, request: Request) -> bool:
+        resident = request.place is Place.DEVICE and not request.in_cohort
+        return resident and self.is_mirrored(request)
+
+    def _may_promote(self, request: Request) -> bool:
+        pages = self.blocks.pages_for(request.known + 1)
+        return self.waits_at_start(request) and pages <= self.blocks.free
+
+    def _start_be(self, request: Request) -> None:
+        reserve = self.placement != "device"
+        if reserve and not self.host.reserve(request):
+            return  # stays the first of the queue until a server has room
+        self.state.be_waiting.remove(request)
+        tokens = request.known + 1 if reserve else request.limit
+        request.blocks = self.blocks.take(self.blocks.pages_for(tokens))
+        request.place = Place.PREFILLING
+        self.state.be_device.append(request)
+
+    def _demote(self, request: Request) -> None:
+        self.state.be_device.remove(request)
+        self.blocks.give_back(request.blocks)
+        request.place = Place.HOST
+        self.parking.park(request)
+        self.state.be_host.append(request)
+        self.counters.demotions += 1
+
+    def _promote(self, request: Request) -> None:
+        self.parking.hold(request.row)
+        request.blocks = self.blocks.take(self.blocks.pages_for(request.known + 1))
+        request.place = Place.RESTORING
+        request.restored = 0
+        self.counters.promotions += 1
+
+    def _requeue(self, request: Request) -> None:
+        """Back to the head of the queue; what was computed is computed again."""
+        self._queue_of(request).remove(request)
+        self.counters.recomputed_tokens += request.computed
+        self.blocks.give_back(request.blocks)
+        self.host.release(request)
+        request.computed = 0
+        request.place = Place.WAITING
+        self.state.be_waiting.appendleft(request)
+
+    # --- bookkeeping ---------------------------------------------------------------------
+
+    def is_empty(self) -> bool:
+        return not self._requests and not self.host.busy()
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError if a page, row, sequence or slot leaked. For when it is idle."""
+        requests = list(self._requests.values())
+        self.blocks.check_integrity(r.blocks for r in requests)
+        self.parking.check_integrity()
+        self.host.check_integrity(requests)
+
+    def _count(self, path: Path) -> None:
+        if path is Path.LS:
+            self.counters.ls_output_tokens += 1
+        elif path is Path.DEVICE_RESIDENT:
+            self.counters.device_resident_tokens += 1
+        elif path is Path.BOARDED:
+            self.counters.boarded_tokens += 1
+        else:
+            self.counters.be_only_tokens += 1

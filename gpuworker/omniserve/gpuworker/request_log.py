@@ -1,0 +1,41 @@
+"""Tokens of one request as the front keeps them: until acknowledged, or the orphan lease ends."""
+
+from __future__ import annotations
+
+import asyncio
+
+from omniserve.v1 import types_pb2
+
+
+class RequestLog:
+    """Written by the engine's events, read by the stream that serves the request (or resumes)."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self.tokens: list[int] = []
+        self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
+        self.error = ""
+        self.readers = 0
+        self._changed = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self.finish_reason != types_pb2.FINISH_REASON_UNSPECIFIED
+
+    def append(self, token: int) -> None:
+        self.tokens.append(token)
+        self._wake()
+
+    def end(self, reason: types_pb2.FinishReason, error: str = "") -> None:
+        self.finish_reason = reason
+        self.error = error
+        self._wake()
+
+    async def wait_beyond(self, offset: int) -> None:
+        """Returns when there are more than `offset` tokens, or the request has ended."""
+        while len(self.tokens) <= offset and not self.ended:
+            await self._changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()

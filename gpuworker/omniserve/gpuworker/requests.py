@@ -1,0 +1,82 @@
+"""One request inside the engine, and where its KV is."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+
+class Place(enum.Enum):
+    """Where a request stands between arrival and end."""
+
+    WAITING = enum.auto()
+    PREFILLING = enum.auto()
+    """On the device; its prompt's KV is being computed in chunks."""
+    DEVICE = enum.auto()
+    """On the device, decoding."""
+    HOST = enum.auto()
+    """Its KV is in an attention server's arena; it is a row of the parking lot."""
+    RESTORING = enum.auto()
+    """On its way from the arena back to the device; its parked row is held."""
+    ENDED = enum.auto()
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """Owned by the engine's loop; nothing else writes it. Times are engine clock, in ns."""
+
+    request_id: str
+    latency_sensitive: bool
+    tokens: npt.NDArray[np.int64]
+    """[prompt + max_tokens]; the first `known` are set."""
+    prompt_tokens: int
+    arrival_ns: int
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+    ttft_slo_ns: int = 0
+    tpot_slo_ns: int = 0
+
+    place: Place = Place.WAITING
+    known: int = 0
+    """Tokens of prompt and output that are known."""
+    computed: int = 0
+    """Tokens whose KV is complete in every layer, on the device or in the arena."""
+    blocks: list[int] = field(default_factory=list)
+    """Device KV pages, in order."""
+    in_cohort: bool = False
+    """Member of a cohort that is on its way through the stages."""
+    cancelled: bool = False
+    first_token_ns: int = 0
+    last_token_ns: int = 0
+
+    server: int = -1
+    """Attention server that holds, or mirrors, its KV; -1 if none."""
+    sequence: int = -1
+    """Its slot id at that server."""
+    row: int = -1
+    """Its row in the parking lot; -1 unless HOST or RESTORING."""
+    mirrored_sent: int = 0
+    """Tokens handed to CHECKPOINT or appended by ATTEND."""
+    transfers: int = 0
+    """Slots of CHECKPOINT and RESTORE messages that are not answered yet."""
+    restored: int = 0
+    """Tokens asked for by RESTORE."""
+
+    @property
+    def generated(self) -> int:
+        return self.known - self.prompt_tokens
+
+    @property
+    def limit(self) -> int:
+        """Prompt plus max_tokens."""
+        return len(self.tokens)
+
+    def next_deadline_ns(self) -> int:
+        """When the next output token is due: TTFT for the first, then one TPOT apart."""
+        if self.generated == 0:
+            return self.arrival_ns + self.ttft_slo_ns
+        return self.first_token_ns + self.generated * self.tpot_slo_ns

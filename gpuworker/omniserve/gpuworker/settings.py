@@ -1,0 +1,83 @@
+"""Settings of one GPU worker: flags > `OMNISERVE_WORKER_*` environment > defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from omniserve.errors import SettingsError
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class WorkerSettings(BaseSettings):
+    """Everything that a worker can be told at start. Frozen; unknown keys fail."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OMNISERVE_WORKER_",
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_prog_name="omniserve-gpuworker",
+        cli_implicit_flags=True,
+    )
+
+    worker_id: str = Field(
+        "w0", description="Name of this worker, unique among those of one Redis."
+    )
+    listen: str = Field("127.0.0.1:8501", description="Address of the gRPC front.")
+    attention_servers: str = Field(
+        "", description="Comma-separated gRPC addresses of the attention servers on this host."
+    )
+    redis_url: str = Field("", description="Where heartbeats go; none are sent if empty.")
+    shm_dir: Path = Field(Path("/dev/shm"), description="Folder on tmpfs shared with the servers.")
+
+    model: str = Field("SmolLM2-135M-Instruct", description="Name under which the model is served.")
+    model_path: Path = Field(Path("model.gguf"), description="GGUF file of a Llama model.")
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "bfloat16", description="Of weights, activations and KV."
+    )
+    device: Literal["cpu"] = Field("cpu", description="Device back end.")
+    threads: int = Field(2, ge=1, description="Threads of the cpu back end.")
+
+    page_tokens: int = Field(32, description="Tokens of one KV page: 16, 32, 48 or 64.")
+    device_kv_tokens: int = Field(16384, ge=64, description="Size of the device KV, in tokens.")
+    be_sequences_max: int = Field(
+        256, ge=1, description="BE sequences that one attention server may hold."
+    )
+    transfer_slots: int = Field(
+        2048,
+        ge=64,
+        description="Slots per server for checkpoints and restores, one token and layer each.",
+    )
+    prefill_chunk_tokens_max: int = Field(512, ge=16, description="Largest prefill chunk.")
+    be_placement: Literal["auto", "device", "host"] = Field(
+        "auto",
+        description="Where BE requests decode: `auto` fills the device share and sends the rest "
+        "to the servers; the others force one path (tests, comparisons).",
+    )
+    fault_moves_per_pass: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Test switch: chance, per BE request and iteration, of a "
+        "forced demotion or promotion.",
+    )
+    fault_seed: int = Field(0, description="Seed of the test switch.")
+    orphan_lease_s: float = Field(
+        10.0, ge=0, description="How long a request goes on after its stream broke."
+    )
+
+    @property
+    def attention_server_addresses(self) -> list[str]:
+        return [a for a in self.attention_servers.split(",") if a]
+
+
+def load_settings(arguments: list[str]) -> WorkerSettings:
+    """Reads flags and environment. Raises SettingsError naming the setting."""
+    try:
+        return WorkerSettings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise SettingsError(f"{name}: {first['msg']}", field=name) from error
