@@ -18,7 +18,7 @@ Rows rows_of(const Array& array, const PagedKv& kv, const char* name) {
   if (kv.geometry().dtype == shm::kBfloat16 ? !is_bfloat16 : !is_float32)
     throw std::invalid_argument(std::string(name) + ": dtype must be " +
                                 dtype_name(kv.geometry().dtype));
-  if (array.shape(1) > 1 && array.stride(1) != 1)
+  if (array.shape(0) > 0 && array.shape(1) > 1 && array.stride(1) != 1)
     throw std::invalid_argument(std::string(name) + ": inner stride must be 1");
   return {const_cast<void*>(static_cast<const void*>(array.data())), array.shape(0),
           array.shape(1), static_cast<std::size_t>(array.stride(0))};

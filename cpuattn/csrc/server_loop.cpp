@@ -118,6 +118,8 @@ void ServerLoop::open() {
   requests_ = Ring(segment_.at_offset(h.regions.request_ring), h.ring_capacity);
   low_ = Ring(segment_.at_offset(h.regions.low_ring), h.ring_capacity);
   responses_ = Ring(segment_.at_offset(h.regions.response_ring), h.ring_capacity);
+  checked_ = false;
+  attached_.store(true, std::memory_order_release);
 }
 
 void ServerLoop::format(const std::string& worker_id, std::uint64_t epoch,
@@ -186,7 +188,8 @@ bool ServerLoop::step() {
   }
   if (took) {
     execute();
-    return checked_ = false, true;
+    checked_ = false;
+    return true;
   }
   while (batch_.size() < kLowBatch && low_.pop(entry)) {
     took = true;
@@ -194,7 +197,8 @@ bool ServerLoop::step() {
   }
   if (took) {
     execute();
-    return checked_ = false, true;
+    checked_ = false;
+    return true;
   }
   check_idle();
   return false;

@@ -32,7 +32,7 @@ class ServerLoop {
 
   // Why the file's segment was not adopted; "" if it was.
   const std::string& not_adopted() const { return not_adopted_; }
-  bool attached() const { return static_cast<bool>(executor_); }
+  bool attached() const { return attached_.load(std::memory_order_acquire); }
   // Only valid while attached.
   const shm::Header& header() const { return segment_.header(); }
 
@@ -90,6 +90,7 @@ class ServerLoop {
   std::uint64_t integrity_errors_ = 0;
   bool checked_ = true;
 
+  std::atomic<bool> attached_{false};
   std::atomic<bool> visitor_{false};  // asks the loop to let go of mutex_
   std::atomic<bool> stopping_{false};
   std::atomic<std::uint64_t> progress_{0};

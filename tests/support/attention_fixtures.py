@@ -1,4 +1,4 @@
-"""Fixtures of tests on a real attention server; a test module imports those it uses."""
+"""Fixtures of tests on a real attention server; a test module names this one in `pytest_plugins`."""
 
 from __future__ import annotations
 

@@ -94,7 +94,8 @@ class ServerProcess:
             self.kill()
 
     def stats(self) -> status_pb2.AttentionServerStatus:
-        return self.stub.GetStats(attention_pb2.GetStatsRequest()).stats
+        answer: attention_pb2.GetStatsResponse = self.stub.GetStats(attention_pb2.GetStatsRequest())
+        return answer.stats
 
     def attach(
         self, geometry: layout.Geometry = GEOMETRY, *, worker_id: str = "w0", epoch: int = 1
@@ -103,7 +104,7 @@ class ServerProcess:
         bell = self.shm_dir / f"{worker_id}.bell"
         if not bell.exists():
             Bell(str(bell), create=True)
-        return self.stub.Attach(
+        answer: attention_pb2.AttachResponse = self.stub.Attach(
             attention_pb2.AttachRequest(
                 worker_id=worker_id,
                 epoch=epoch,
@@ -111,6 +112,7 @@ class ServerProcess:
                 bell_path=str(bell),
             )
         )
+        return answer
 
 
 class Worker:

@@ -1,0 +1,218 @@
+"""The native core. Arrays may be numpy arrays or CPU torch tensors; 2-D ones may be row-strided."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+# numpy array or CPU torch tensor. In bfloat16, numpy arrays hold the bits as uint16.
+Array = Any
+Int32s = Any
+
+MAGIC: int
+LAYOUT_VERSION: int
+KIND_ATTEND: int
+KIND_CHECKPOINT: int
+KIND_RESTORE: int
+KIND_FREE: int
+STATUS_OK: int
+STATUS_BAD_KIND: int
+STATUS_BAD_LAYER: int
+STATUS_BAD_SEQUENCE: int
+STATUS_BAD_POSITION: int
+STATUS_NO_PAGE: int
+STATUS_FREED: int
+
+class Geometry:
+    def __init__(
+        self,
+        *,
+        layers: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: str,
+        page_tokens: int,
+        max_sequences: int,
+        max_sequence_tokens: int,
+        slots: int,
+        pages: int,
+    ) -> None: ...
+    @property
+    def layers(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def page_tokens(self) -> int: ...
+    @property
+    def max_sequences(self) -> int: ...
+    @property
+    def max_sequence_tokens(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def pages(self) -> int: ...
+
+def struct_offsets() -> dict[str, dict[str, int]]: ...
+def region_offsets(geometry: Geometry) -> dict[str, int]: ...
+def ring_capacity(slots: int) -> int: ...
+def kernel_name() -> str: ...
+
+class PagedKv:
+    """A pool of KV pages in this process. A token's place is (page, offset), in every layer."""
+
+    def __init__(
+        self,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        page_tokens: int,
+        pages: int,
+        dtype: str = "float32",
+        threads: int = 1,
+    ) -> None: ...
+    def append(self, layer: int, k: Array, v: Array, pages: Int32s, offsets: Int32s) -> None:
+        """Writes k, v: [n, kv_heads * head_dim] at places pages, offsets: i32[n]."""
+
+    def attend(
+        self,
+        layer: int,
+        q: Array,
+        out: Array,
+        tables: Int32s,
+        first_row: Int32s,
+        n_rows: Int32s,
+        first_position: Int32s,
+    ) -> None:
+        """Causal attention of segments of rows, scaled by head_dim ** -0.5.
+
+        q, out: [rows, heads * head_dim] of the pool's dtype; tables: i32[segments, max_pages];
+        the others i32[segments]. Row first_row[s] + r sees tokens 0 .. first_position[s] + r.
+        A row's result does not depend on the other rows of the call.
+        """
+
+    def export_rows(
+        self, link: WorkerLink, layers: Int32s, pages: Int32s, offsets: Int32s, slots: Int32s
+    ) -> None:
+        """Copies k, v of places (all i32[n]) into rows of the link's slab."""
+
+    def import_rows(
+        self, link: WorkerLink, layers: Int32s, pages: Int32s, offsets: Int32s, slots: Int32s
+    ) -> None:
+        """Copies k, v from rows of the link's slab to places (all i32[n])."""
+
+    def read(
+        self, layer: int, page: int, offset: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """k, v of one place, each [kv_heads * head_dim]."""
+
+class WorkerLink:
+    """The worker's side of a segment. One per (epoch, server); not thread-safe; never blocks.
+
+    A slot is the worker's from the poll that returns it until it is submitted again. Send FREE
+    when no message of the sequence is outstanding, and use the sequence again after its answer.
+    """
+
+    def __init__(self, segment_path: str) -> None: ...
+    @property
+    def slab(self) -> NDArray[Any]:
+        """Writable [slots, slot_elems], float32, or uint16 for bfloat16: q | k | v | out."""
+
+    @property
+    def written_len(self) -> NDArray[np.uint32]:
+        """Live, read-only [max_sequences, layers]."""
+
+    @property
+    def q_offset(self) -> int: ...
+    @property
+    def k_offset(self) -> int: ...
+    @property
+    def v_offset(self) -> int: ...
+    @property
+    def out_offset(self) -> int: ...
+    @property
+    def slot_elems(self) -> int: ...
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def segment_id(self) -> int: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def outstanding(self) -> int: ...
+    @property
+    def ring_waits(self) -> int: ...
+    def submit(
+        self, kind: int, layers: Int32s, sequences: Int32s, positions: Int32s, slots: Int32s
+    ) -> None:
+        """Sends one message per row (all i32[n]) with one publication.
+
+        Raises RuntimeError for a slot with an outstanding message, IndexError for one that does
+        not exist; nothing is sent then.
+        """
+
+    def poll(self) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
+        """Slots whose messages were answered since the last call, and their statuses."""
+
+    def check_integrity(self) -> None:
+        """Raises RuntimeError that names the inconsistency."""
+
+class Bell:
+    """A file with a futex word that wakes one sleeper."""
+
+    def __init__(self, path: str, create: bool) -> None: ...
+    def ring(self) -> None: ...
+    def value(self) -> int: ...
+    def wait(self, seen: int, timeout_us: int) -> bool:
+        """Sleeps until the value is not `seen`; False on timeout."""
+
+class ServerLoop:
+    """The attention server's hot loop, in threads of its own, on the arena file at `path`."""
+
+    def __init__(
+        self,
+        path: str,
+        threads: int = 1,
+        spin_us: int = 0,
+        nice: int = 0,
+        cpus: list[int] = ...,
+        fault_delay_us: int = 0,
+        fault_seed: int = 0,
+    ) -> None: ...
+    @property
+    def not_adopted(self) -> str:
+        """Why the segment in the file was not adopted; empty if it was."""
+
+    @property
+    def attached(self) -> bool: ...
+    @property
+    def worker_id(self) -> str: ...
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def segment_id(self) -> int: ...
+    @property
+    def geometry(self) -> Geometry: ...
+    @property
+    def progress(self) -> int:
+        """Grows at least ten times a second while the loop is alive."""
+
+    def format(
+        self, worker_id: str, epoch: int, segment_id: int, geometry: Geometry, bell_path: str
+    ) -> None:
+        """Gives the segment to a new epoch; what it held is lost."""
+
+    def rebell(self, bell_path: str) -> None: ...
+    def drain(self, timeout_ms: int) -> bool:
+        """Waits until nothing is left in the rings; False on timeout."""
+
+    def stop(self) -> None: ...
+    def pages_free(self) -> int: ...
+    def stats(self) -> tuple[int, int, int]:
+        """Answered ATTEND rows, KV bytes read, errors."""

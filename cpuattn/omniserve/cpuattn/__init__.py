@@ -1,0 +1,1 @@
+"""The attention server: a native hot loop under a thin gRPC shell."""

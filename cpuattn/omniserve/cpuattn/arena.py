@@ -1,0 +1,94 @@
+"""The arena: a file on tmpfs that outlives a crash of its server.
+
+All memory is claimed at start, so a full tmpfs is an error then and never a SIGBUS later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+from omniserve.errors import SharedMemoryError
+
+MEMINFO = Path("/proc/meminfo")
+
+
+class Arena:
+    """Owns the file at `path`, of `size_bytes`; a lock keeps other servers off it."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        """Opens the arena, or creates it. Raises SharedMemoryError."""
+        self.path = path
+        self.size_bytes = size_bytes
+        self._fd = self._open_locked()
+        try:
+            self._allocate()
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def _open_locked(self) -> int:
+        """A file of our size, or an empty one; nobody else has it open as an arena."""
+        fd = self._open()
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(fd)
+            raise SharedMemoryError(f"{self.path} belongs to another running server") from error
+        if os.fstat(fd).st_size in (0, self.size_bytes):
+            return fd
+        # One of another size is of no use. It is replaced rather than cut: a worker may have it
+        # mapped, and would get a SIGBUS.
+        self._unlink()
+        os.close(fd)
+        return self._open_locked()
+
+    def _open(self) -> int:
+        try:
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SharedMemoryError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def _allocate(self) -> None:
+        # What an adopted file has already is not needed a second time.
+        needed = self.size_bytes - os.fstat(self._fd).st_blocks * 512
+        available = _available_bytes(self.path.parent)
+        if needed > available:
+            self._unlink()
+            raise self._too_small(available)
+        try:
+            os.posix_fallocate(self._fd, 0, self.size_bytes)
+        except OSError as error:
+            self._unlink()
+            raise self._too_small(available) from error
+
+    def _unlink(self) -> None:
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+    def _too_small(self, available_bytes: int) -> SharedMemoryError:
+        return SharedMemoryError(
+            f"{self.path.parent} is too small: needed {self.size_bytes} bytes, "
+            f"available {available_bytes}",
+            field="arena_bytes",
+            metadata={
+                "needed_bytes": str(self.size_bytes),
+                "available_bytes": str(available_bytes),
+            },
+        )
+
+    def remove(self) -> None:
+        """Deletes the file; what is mapped stays valid until it is unmapped."""
+        self._unlink()
+        os.close(self._fd)
+
+
+def _available_bytes(folder: Path) -> int:
+    """What a file in `folder` may still take: room of the file system, and memory behind it."""
+    room = os.statvfs(folder)
+    for line in MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return min(room.f_bavail * room.f_frsize, int(line.split()[1]) * 1024)
+    return room.f_bavail * room.f_frsize

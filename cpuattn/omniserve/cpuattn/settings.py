@@ -1,0 +1,69 @@
+"""Settings of one attention server: flags > `OMNISERVE_CPUATTN_*` environment > defaults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from omniserve import errors
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+
+class CpuAttnSettings(BaseSettings):
+    """Everything that an attention server can be told at start. Frozen; unknown keys fail."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="OMNISERVE_CPUATTN_",
+        frozen=True,
+        extra="forbid",
+        cli_kebab_case=True,
+        cli_prog_name="omniserve-cpuattn",
+    )
+
+    server_id: str = Field(
+        "a0", pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Name of this server on its host."
+    )
+    listen: str = Field("127.0.0.1:8601", description="Address of the gRPC control server.")
+    shm_dir: Path = Field(Path("/dev/shm"), description="Folder on tmpfs shared with the worker.")
+    arena_bytes: int = Field(
+        1 << 30,
+        ge=1 << 16,
+        description="Size of the segment: KV and bookkeeping. `omniserve.shm.layout.arena_bytes` "
+        "computes it from a geometry and a number of pages.",
+    )
+    threads: int = Field(1, ge=1, le=256, description="Threads that compute attention.")
+    cores: Literal["shared", "exclusive"] = Field(
+        "shared",
+        description="shared: no spinning, low priority. exclusive: one pinned core per thread of "
+        "those the process may use; spins before it sleeps.",
+    )
+    nice: int = Field(
+        10, ge=0, le=19, description="Priority of the threads on shared cores, as in nice(1)."
+    )
+    spin_us: int = Field(
+        50, ge=0, description="How long threads on exclusive cores spin before they sleep, in us."
+    )
+    drain_ms: int = Field(
+        5000, ge=0, description="How long Drain and SIGTERM wait for the rings to empty, in ms."
+    )
+    fault_delay_ms: int = Field(
+        0, ge=0, description="Test switch: holds each answer a random time up to this, in ms."
+    )
+    fault_seed: int = Field(0, ge=0, description="Seed of --fault-delay-ms.")
+
+    @property
+    def arena_path(self) -> Path:
+        return self.shm_dir / f"{self.server_id}.arena"
+
+
+def load_settings(arguments: list[str]) -> CpuAttnSettings:
+    """Reads flags and the environment. Raises SettingsError that names the setting."""
+    try:
+        return CpuAttnSettings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise errors.SettingsError(f"{name}: {first['msg']}", field=name) from error
+    except SettingsError as error:
+        raise errors.SettingsError(str(error)) from error

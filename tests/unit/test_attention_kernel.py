@@ -1,0 +1,262 @@
+"""The paged attention kernel against a slow reference in double precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from omniserve.attnkernel import PagedKv
+
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+# float32: rounding of the sums. bfloat16: of the output's 8 bits, over exact inputs.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 8e-3}
+
+
+def to_bits(x: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
+    """What the kernel takes: float32, or bfloat16 as uint16, rounded to nearest even."""
+    if dtype == "float32":
+        return x
+    bits = x.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def to_double(x: NDArray[np.generic]) -> F64:
+    if x.dtype == np.uint16:
+        x = (x.astype(np.uint32) << 16).view(np.float32)
+    return x.astype(np.float64)
+
+
+def reference(q: F64, k: F64, v: F64, first_position: int) -> F64:
+    """q: [rows, heads, dim]; k, v: [tokens, kv_heads, dim]; causal, for each head of a group."""
+    rows, heads, dim = q.shape
+    group = heads // k.shape[1]
+    out = np.zeros_like(q)
+    for row in range(rows):
+        seen = first_position + row + 1
+        for head in range(heads):
+            scores = k[:seen, head // group] @ q[row, head] / np.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights @ v[:seen, head // group] / weights.sum()
+    return out
+
+
+@dataclass
+class Case:
+    dtype: str
+    kv_heads: int
+    group: int
+    dim: int
+    page_tokens: int
+    segments: list[tuple[int, int]]  # (first position, rows)
+    threads: int
+    seed: int
+
+
+CASES = st.builds(
+    Case,
+    dtype=st.sampled_from(("float32", "bfloat16")),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 16),
+    dim=st.sampled_from((16, 32, 48, 64, 80, 128, 256)),
+    page_tokens=st.sampled_from((16, 32, 48, 64)),
+    segments=st.lists(
+        st.tuples(st.integers(0, 150), st.one_of(st.just(1), st.integers(0, 40))),
+        min_size=1,
+        max_size=5,
+    ),
+    threads=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+)
+
+
+class World:
+    """A case with data: each segment is a sequence of its own with pages in random order."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.rng = np.random.default_rng(case.seed)
+        lengths = [first + rows for first, rows in case.segments]
+        width = max(1, max(-(-n // case.page_tokens) for n in lengths))
+        pages = width * len(lengths)
+        self.tables = self.rng.permutation(pages).astype(np.int32).reshape(len(lengths), width)
+        self.kv = PagedKv(
+            2, case.kv_heads, case.dim, case.page_tokens, pages, case.dtype, case.threads
+        )
+        self.k = [self.draw(n, case.kv_heads) for n in lengths]
+        self.v = [self.draw(n, case.kv_heads) for n in lengths]
+        self.fill_with_nan(pages)
+        for s, n in enumerate(lengths):
+            position = np.arange(n)
+            page = self.tables[s, position // case.page_tokens]
+            offset = (position % case.page_tokens).astype(np.int32)
+            self.kv.append(1, self.k[s], self.v[s], page, offset)
+        rows = [rows for _, rows in case.segments]
+        self.n_rows = np.array(rows, np.int32)
+        self.first_row = (np.cumsum(rows) - rows).astype(np.int32)
+        self.first_position = np.array([first for first, _ in case.segments], np.int32)
+        self.q = self.draw(sum(rows), case.kv_heads * case.group)
+
+    def fill_with_nan(self, pages: int) -> None:
+        """Places past a sequence's end hold what an earlier one left; it must not leak."""
+        tokens = self.case.page_tokens
+        page = np.repeat(np.arange(pages, dtype=np.int32), tokens)
+        offset = np.tile(np.arange(tokens, dtype=np.int32), pages)
+        shape = (pages * tokens, self.case.kv_heads * self.case.dim)
+        nan = to_bits(np.full(shape, np.nan, np.float32), self.case.dtype)
+        self.kv.append(1, nan, nan, page, offset)
+
+    def draw(self, rows: int, heads: int) -> NDArray[np.generic]:
+        x = self.rng.standard_normal((rows, heads * self.case.dim)).astype(np.float32)
+        return to_bits(x * 2, self.case.dtype)
+
+    def attend(self) -> NDArray[np.generic]:
+        out = np.zeros_like(self.q)
+        self.kv.attend(
+            1, self.q, out, self.tables, self.first_row, self.n_rows, self.first_position
+        )
+        return out
+
+
+@given(CASES)
+@settings(deadline=None, max_examples=60)
+def test_attention_equals_the_double_precision_reference(case: Case) -> None:
+    world = World(case)
+    out = to_double(world.attend())
+    for s, (first, rows) in enumerate(case.segments):
+        at = slice(world.first_row[s], world.first_row[s] + rows)
+        expected = reference(
+            to_double(world.q[at]).reshape(rows, case.kv_heads * case.group, case.dim),
+            to_double(world.k[s]).reshape(-1, case.kv_heads, case.dim),
+            to_double(world.v[s]).reshape(-1, case.kv_heads, case.dim),
+            first,
+        )
+        np.testing.assert_allclose(
+            out[at].reshape(expected.shape),
+            expected,
+            rtol=TOLERANCE[case.dtype],
+            atol=TOLERANCE[case.dtype],
+        )
+
+
+@given(CASES)
+@settings(deadline=None, max_examples=30)
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(case: Case) -> None:
+    world = World(case)
+    together = world.attend()
+    alone = np.zeros_like(together)
+    for s, (first, rows) in enumerate(case.segments):
+        for row in range(rows):
+            world.kv.attend(
+                1,
+                world.q,
+                alone,
+                world.tables[s : s + 1],
+                np.array([world.first_row[s] + row], np.int32),
+                np.array([1], np.int32),
+                np.array([first + row], np.int32),
+            )
+    np.testing.assert_array_equal(alone, together)
+
+
+def test_rows_may_be_strided_views_of_numpy_and_torch() -> None:
+    torch = pytest.importorskip("torch")
+    case = Case("bfloat16", 2, 3, 64, 32, [(70, 1), (0, 33)], 1, 7)
+    world = World(case)
+    q = torch.from_numpy(world.q.view(np.int16)).view(torch.bfloat16)
+    wide_q = torch.zeros(q.shape[0], 3 * q.shape[1], dtype=torch.bfloat16)
+    wide_q[:, q.shape[1] : 2 * q.shape[1]] = q
+    wide_out = torch.zeros_like(wide_q)
+    world.kv.attend(
+        1,
+        wide_q[:, q.shape[1] : 2 * q.shape[1]],
+        wide_out[:, : q.shape[1]],
+        world.tables,
+        world.first_row,
+        world.n_rows,
+        world.first_position,
+    )
+    got = wide_out[:, : q.shape[1]].contiguous().view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(got, world.attend())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_was_appended_is_read_back_unchanged(dtype: str) -> None:
+    world = World(Case(dtype, 3, 1, 48, 16, [(37, 1)], 1, 3))
+    for position in range(38):
+        page = int(world.tables[0, position // 16])
+        k, v = world.kv.read(1, page, position % 16)
+        np.testing.assert_array_equal(k, to_double(world.k[0][position]))
+        np.testing.assert_array_equal(v, to_double(world.v[0][position]))
+
+
+def one(value: int) -> I32:
+    return np.array([value], np.int32)
+
+
+@pytest.mark.parametrize(
+    ("layer", "page", "offset", "named"),
+    [(2, 0, 0, "layer"), (0, 4, 0, "page"), (0, -1, 0, "page"), (0, 0, 16, "offset")],
+)
+def test_appending_outside_the_pool_is_refused_by_name(
+    layer: int, page: int, offset: int, named: str
+) -> None:
+    kv = PagedKv(2, 1, 16, 16, 4)
+    row = np.zeros((1, 16), np.float32)
+    with pytest.raises(IndexError, match=named):
+        kv.append(layer, row, row, one(page), one(offset))
+
+
+@pytest.mark.parametrize(
+    ("table", "first_row", "rows", "first_position", "named"),
+    [
+        ([4, 0], 0, 1, 0, "page"),
+        ([0, -1], 0, 1, 16, "page"),
+        ([0, 1], 0, 1, 32, "first_position"),
+        ([0, 1], 0, 1, -1, "first_position"),
+        ([0, 1], 1, 2, 0, "first_row"),
+        ([0, 1], 0, -1, 0, "n_rows"),
+    ],
+)
+def test_attending_outside_the_pool_is_refused_by_name(
+    table: list[int], first_row: int, rows: int, first_position: int, named: str
+) -> None:
+    kv = PagedKv(1, 1, 16, 16, 4)
+    q = np.zeros((2, 16), np.float32)
+    with pytest.raises(IndexError, match=named):
+        kv.attend(
+            0,
+            q,
+            q.copy(),
+            np.array([table], np.int32),
+            one(first_row),
+            one(rows),
+            one(first_position),
+        )
+
+
+def test_rows_of_another_dtype_are_refused() -> None:
+    kv = PagedKv(1, 1, 16, 16, 4, "bfloat16")
+    row = np.zeros((1, 16), np.float32)
+    with pytest.raises(ValueError, match="bfloat16"):
+        kv.append(0, row, row, one(0), one(0))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ((1, 1, 24, 16, 4), "head_dim"),
+        ((1, 1, 16, 8, 4), "page_tokens"),
+        ((1, 1, 16, 16, 0), "pages"),
+    ],
+)
+def test_a_pool_that_the_kernel_cannot_serve_is_refused_by_name(
+    arguments: tuple[int, int, int, int, int], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        PagedKv(*arguments)
