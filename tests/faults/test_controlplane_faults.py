@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -17,7 +18,7 @@ from support.standin_worker import expected_tokens
 ITEMS = 60
 ITEM_TOKENS = 40
 # Small enough that the queue is still full when something dies.
-FLAGS = {"job_window_items": 8, "job_reclaim_s": 1.0, "job_renew_s": 0.2}
+FLAGS: dict[str, Any] = {"job_window_items": 8, "job_reclaim_s": 1.0, "job_renew_s": 0.2}
 
 
 @pytest.fixture

@@ -262,7 +262,7 @@ def test_attainment_counts_refused_requests_as_missed(
 def test_limits_reach_the_worker_when_they_change(controlplane: ControlPlane) -> None:
     def same() -> bool:
         status = controlplane.status.GetStatus(status_pb2.GetStatusRequest())
-        return status.workers[0].policy == f"{status.limits.be_rows_per_stage} rows"
+        return str(status.workers[0].policy) == f"{status.limits.be_rows_per_stage} rows"
 
     wait_for("the worker to have the limits", same)
 
@@ -278,6 +278,15 @@ def test_a_stream_goes_on_when_its_worker_restarts(stack: Stack) -> None:
         )
         assert restarted
         assert got == expected_tokens(PROMPT, 300)
+        long = types_pb2.SamplingParams(max_tokens=5000)
+        call = controlplane.inference.Generate(ask(request_id="lost", sampling=long))
+        next(call)
+        for process in own.processes:
+            if process is not controlplane:
+                process.kill()
+        cancel = inference_pb2.CancelRequest(request_id="lost")
+        assert controlplane.inference.Cancel(cancel).cancelled
+        assert list(call)[-1].finished.reason == types_pb2.FINISH_REASON_CANCELLED
 
 
 def test_a_stream_moves_to_another_worker_and_ends_if_there_is_none(stack: Stack) -> None:

@@ -66,7 +66,7 @@ def submit_error(
     controlplane: ControlPlane, job: list[jobs_pb2.JobItem], **fields: str
 ) -> OmniServeError:
     with pytest.raises(grpc.RpcError) as caught:
-        controlplane.jobs.SubmitJob(jobs_pb2.SubmitJobRequest(items=job, **fields))  # type: ignore[arg-type]
+        controlplane.jobs.SubmitJob(jobs_pb2.SubmitJobRequest(items=job, **fields))
     typed = from_rpc_error(caught.value)
     assert typed is not None
     return typed

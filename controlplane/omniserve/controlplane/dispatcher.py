@@ -111,7 +111,8 @@ class Dispatcher:
                 try:
                     await self._store.finish(run.entry, result)
                     return
-                except StoreUnavailableError:
+                except StoreUnavailableError as error:
+                    log.warning("%s not stored: %s", run.entry.request.request_id, error.message)
                     await asyncio.sleep(RETRY_S)
         finally:
             del self._runs[run.entry.entry_id]
