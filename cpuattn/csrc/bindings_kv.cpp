@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "bindings.h"
+#include "dispatch.h"
 #include "paged_kv.h"
 #include "worker_link.h"
 
@@ -99,6 +100,8 @@ nb::tuple read(const PagedKv& kv, std::int32_t layer, std::int32_t page, std::in
 void bind_kv(nb::module_& m) {
   using namespace nb::literals;
   m.def("kernel_name", &kernel_name);
+  m.def("kernel_names", &kernel_names);
+  m.def("use_kernel", &use_kernel, "name"_a);
   nb::class_<PagedKv>(m, "PagedKv")
       .def(
           "__init__",

@@ -33,10 +33,8 @@ constexpr std::uint32_t kMaxGroup = 16;
 
 using AttendFn = void (*)(const AttendUnit&);
 
-// The fastest kernel that this CPU runs, for shm::kFloat32 or shm::kBfloat16.
+// The kernel in use, see dispatch.h, for shm::kFloat32 or shm::kBfloat16.
 AttendFn attend_kernel(std::uint32_t dtype);
-// Its instruction set, for logs: "x86-64-v4", "x86-64-v3" or "base".
-const char* kernel_name();
 
 #define OMNISERVE_DECLARE_KERNEL(isa)              \
   namespace isa {                                  \

@@ -27,6 +27,7 @@ from omniserve.attnkernel import (
 from omniserve.errors import (
     GeometryError,
     InvalidArgumentError,
+    OmniServeError,
     SharedMemoryError,
     from_rpc_error,
 )
@@ -173,9 +174,11 @@ def test_delayed_and_reordered_answers_are_still_right(shm_dir: Path) -> None:
 
 
 def test_attach_refuses_what_it_cannot_serve_by_name(server: ServerProcess) -> None:
-    def refusal(geometry: object = GEOMETRY, **who: object) -> object:
+    def refusal(
+        geometry: layout.Geometry = GEOMETRY, worker_id: str = "w0"
+    ) -> OmniServeError | None:
         with pytest.raises(grpc.RpcError) as refused:
-            server.attach(geometry, **who)
+            server.attach(geometry, worker_id=worker_id)
         return from_rpc_error(refused.value)
 
     bad = refusal(replace(GEOMETRY, head_dim=24))

@@ -1,4 +1,4 @@
-"""Fixtures of tests on a real attention server; a test module names this one in `pytest_plugins`."""
+"""Fixtures of tests on a real attention server, a plugin of the test modules that name it."""
 
 from __future__ import annotations
 

@@ -62,7 +62,14 @@ class Geometry:
 def struct_offsets() -> dict[str, dict[str, int]]: ...
 def region_offsets(geometry: Geometry) -> dict[str, int]: ...
 def ring_capacity(slots: int) -> int: ...
-def kernel_name() -> str: ...
+def kernel_name() -> str:
+    """Instruction set of the kernel in use; the fastest that this CPU runs unless replaced."""
+
+def kernel_names() -> list[str]:
+    """Those that run on this CPU, the fastest first."""
+
+def use_kernel(name: str) -> None:
+    """Replaces the kernel in this process, for tests and comparisons."""
 
 class PagedKv:
     """A pool of KV pages in this process. A token's place is (page, offset), in every layer."""

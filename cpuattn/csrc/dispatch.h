@@ -1,0 +1,16 @@
+// Which of the kernels runs. Apart from kernel.h, which must not bring in the standard library.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace omniserve {
+
+// Instruction set of the kernel in use: "x86-64-v4", "x86-64-v3" or "base".
+const char* kernel_name();
+// Those that run on this CPU, the fastest first.
+std::vector<std::string> kernel_names();
+// Replaces the fastest, for tests and comparisons. Throws std::invalid_argument.
+void use_kernel(const std::string& name);
+
+}  // namespace omniserve
