@@ -140,10 +140,7 @@ class Engine:
     def _move(self) -> None:
         """Frees and grants memory before the pass."""
         life = self._lifecycle
-        moves = placement.decide(
-            self._observed(), life.is_mirrored, life.waits_at_start, life.placement
-        )
-        life.carry_out(moves)
+        life.carry_out(placement.decide(self._observed(), life, life.placement))
         life.move_at_random()
         life.transfer()
 

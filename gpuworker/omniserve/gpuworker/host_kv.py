@@ -37,10 +37,14 @@ class HostKv:
     def server(self, index: int) -> AttentionServer | None:
         return next((s for s in self.servers if s.index == index), None)
 
-    def reserve(self, request: Request) -> bool:
+    def can_reserve(self, request: Request) -> bool:
+        """Whether a server has a sequence and the pages of prompt + max_tokens."""
+        return any(server.has_room(request) for server in self.servers)
+
+    def reserve(self, request: Request) -> None:
         """Reserves room for all of `request` at the server with most pages free."""
-        by_room = sorted(self.servers, key=lambda server: -server.pages_free)
-        return any(server.reserve(request) for server in by_room)
+        roomy = [server for server in self.servers if server.has_room(request)]
+        max(roomy, key=lambda server: server.pages_free).reserve(request)
 
     def release(self, request: Request) -> None:
         """Gives the sequence back, at once or when its transfers are answered."""

@@ -182,10 +182,15 @@ class Lifecycle:
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST and self.parking.at_start(request.row)
 
+    def can_reserve(self, request: Request) -> bool:
+        return self.placement == "device" or self.host.can_reserve(request)
+
     def carry_out(self, moves: Moves) -> None:
         """Makes the moves of a placement decision, in its order."""
         for request in moves.abandon:
             self._requeue(request)
+        for request in moves.leave:
+            request.leaving = True
         for request in moves.demote:
             self._demote(request)
         for request in moves.admit_ls:
@@ -202,13 +207,13 @@ class Lifecycle:
 
     def move_at_random(self) -> None:
         """The test switch: forces demotions and promotions, seeded."""
-        if self._move_chance == 0.0:
+        if self._move_chance == 0.0 or self.placement == "device":
             return
         for request in [*self.state.be_device, *self.state.be_host]:
             if self._random.random() >= self._move_chance:
                 continue
-            if self._may_demote(request):
-                self._demote(request)
+            if request.place is Place.DEVICE:
+                request.leaving = True
             elif self._may_promote(request):
                 self._promote(request)
 
@@ -225,18 +230,14 @@ class Lifecycle:
                 self.state.be_device.append(request)
                 request.place = Place.DEVICE
 
-    def _may_demote(self, request: Request) -> bool:
-        resident = request.place is Place.DEVICE and not request.in_cohort
-        return resident and self.is_mirrored(request)
-
     def _may_promote(self, request: Request) -> bool:
         pages = self.blocks.pages_for(request.known + 1)
         return self.waits_at_start(request) and pages <= self.blocks.free
 
     def _start_be(self, request: Request) -> None:
         reserve = self.placement != "device"
-        if reserve and not self.host.reserve(request):
-            return  # stays the first of the queue until a server has room
+        if reserve:
+            self.host.reserve(request)
         self.state.be_waiting.remove(request)
         tokens = request.known + 1 if reserve else request.limit
         request.blocks = self.blocks.take(self.blocks.pages_for(tokens))
@@ -247,6 +248,7 @@ class Lifecycle:
         self.state.be_device.remove(request)
         self.blocks.give_back(request.blocks)
         request.place = Place.HOST
+        request.leaving = False
         self.parking.park(request)
         self.state.be_host.append(request)
         self.counters.demotions += 1

@@ -7,9 +7,8 @@ what it needs now, and gives its pages back at once when they are mirrored in an
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.requests import Place, Request
@@ -23,6 +22,8 @@ class Moves:
 
     abandon: list[Request] = field(default_factory=list)
     """BE prompts whose partial KV is dropped and recomputed later."""
+    leave: list[Request] = field(default_factory=list)
+    """BE decodes that stop on the device, to be demoted once they are mirrored."""
     demote: list[Request] = field(default_factory=list)
     admit_ls: list[Request] = field(default_factory=list)
     grow: list[Request] = field(default_factory=list)
@@ -31,43 +32,60 @@ class Moves:
     promote: list[Request] = field(default_factory=list)
 
 
-def decide(
-    state: EngineState,
-    mirrored: Callable[[Request], bool],
-    at_start: Callable[[Request], bool],
-    placement: Placement,
-) -> Moves:
-    """Returns the moves of this iteration.
+class HostView(Protocol):
+    """What a decision needs to know of the servers and the parking lot."""
 
-    `mirrored(request)` says whether every computed token of a device-resident BE request is in
-    an arena, so that its pages can go at once; `at_start(request)` whether a parked one waits at
-    stage 0, where alone it can be held for promotion.
-    """
+    def is_mirrored(self, request: Request) -> bool:
+        """Whether an arena has every computed token, so that the device pages can go at once."""
+
+    def waits_at_start(self, request: Request) -> bool:
+        """Whether a parked request is ready at stage 0, where alone it can be held."""
+
+    def can_reserve(self, request: Request) -> bool:
+        """Whether a server has room for all of a waiting request."""
+
+
+def decide(state: EngineState, host: HostView, placement: Placement) -> Moves:
+    """Returns the moves of this iteration."""
+    mirrored = host.is_mirrored
     moves = Moves()
-    free = state.blocks_free
-    victims = [r for r in state.be_device if _movable(r) and mirrored(r)]
-    be_blocks = state.be_blocks
+    free, be_blocks = state.blocks_free, state.be_blocks
+    resident = [r for r in reversed(state.be_device) if r.place is Place.DEVICE]  # newest first
     if placement == "host":
-        moves.demote.extend(victims)
-        freed = sum(len(r.blocks) for r in victims)
-        free, be_blocks, victims = free + freed, be_blocks - freed, []
+        moves.leave.extend(r for r in resident if not r.leaving)
+
+    def demote(request: Request) -> None:
+        nonlocal free, be_blocks
+        resident.remove(request)
+        moves.demote.append(request)
+        free += len(request.blocks)
+        be_blocks -= len(request.blocks)
+
+    for request in list(resident):
+        if request.leaving and not request.in_cohort and mirrored(request):
+            demote(request)
 
     def make_room(pages: int) -> bool:
-        """Demotes the newest BE until `pages` are free; changes nothing if that cannot be."""
-        nonlocal free, be_blocks
-        chosen: list[Request] = []
+        """Demotes the fewest, newest BE requests until `pages` are free.
+
+        If those that are mirrored do not suffice, demotes none and lets as many as it takes
+        leave: their room is there when their last token is mirrored, an iteration or two later.
+        """
         reach = free
-        while reach < pages and len(chosen) < len(victims):
-            chosen.append(victims[-1 - len(chosen)])
-            reach += len(chosen[-1].blocks)
-        if reach < pages:
-            return False
-        for request in chosen:
-            victims.remove(request)
-            moves.demote.append(request)
-            be_blocks -= len(request.blocks)
-        free = reach
-        return True
+        chosen: list[Request] = []
+        for request in resident:
+            if reach < pages and not request.in_cohort and mirrored(request):
+                chosen.append(request)
+                reach += len(request.blocks)
+        if reach >= pages:
+            for request in chosen:
+                demote(request)
+            return True
+        for request in resident:
+            if reach < pages and request.server >= 0 and request not in chosen:
+                moves.leave.append(request)
+                reach += len(request.blocks)
+        return False
 
     running = len(state.ls_running)
     blocked = False
@@ -76,9 +94,10 @@ def decide(
             break
         pages = state.pages_for(request.limit)
         if not make_room(pages):
-            moves.abandon = [
-                r for r in state.be_device if r.place is Place.PREFILLING and not r.in_cohort
-            ]
+            if not moves.leave and not any(r.leaving for r in resident):
+                moves.abandon = [
+                    r for r in state.be_device if r.place is Place.PREFILLING and not r.in_cohort
+                ]
             blocked = True
             break
         free -= pages
@@ -87,20 +106,18 @@ def decide(
     if blocked:
         return moves
 
-    for request in state.be_device:
+    for request in reversed(list(resident)):
         full = len(request.blocks) * state.page_tokens <= request.computed
-        if request.place is Place.DEVICE and full and not request.in_cohort:
+        if full and not request.in_cohort:
             # Without a server it cannot be demoted: stopping it would stop it for good.
             if free > 0 and (be_blocks < state.be_blocks_max or request.server < 0):
                 moves.grow.append(request)
                 free, be_blocks = free - 1, be_blocks + 1
-            elif request in victims:
-                victims.remove(request)
-                moves.demote.append(request)
-                free, be_blocks = free + len(request.blocks), be_blocks - len(request.blocks)
+            elif mirrored(request):
+                demote(request)
 
     prefilling = any(r.place is Place.PREFILLING for r in state.be_device)
-    if state.be_waiting and not prefilling:
+    if state.be_waiting and not prefilling and host.can_reserve(state.be_waiting[0]):
         request = state.be_waiting[0]
         tokens = request.limit if placement == "device" else request.known + 1
         pages = state.pages_for(tokens)
@@ -109,23 +126,18 @@ def decide(
         over = be_blocks + pages - share
         if make_room(max(pages, free + over)) and be_blocks + pages <= share:
             moves.start_be.append(request)
-    elif placement != "host" and not state.ls_waiting:
-        moves.promote.extend(_promotable(state, at_start, free, be_blocks))
+    elif placement != "host" and not state.ls_waiting and not state.be_waiting:
+        moves.promote.extend(_promotable(state, host, free, be_blocks))
     return moves
 
 
-def _movable(request: Request) -> bool:
-    return request.place is Place.DEVICE and not request.in_cohort
-
-
-def _promotable(
-    state: EngineState, at_start: Callable[[Request], bool], free: int, be_blocks: int
-) -> list[Request]:
+def _promotable(state: EngineState, host: HostView, free: int, be_blocks: int) -> list[Request]:
     """The oldest parked request, one at a time, while half of BE's share would stay free."""
     if any(r.place is Place.RESTORING for r in state.be_host):
         return []
     for request in state.be_host:
         pages = state.pages_for(request.known + 1)
-        if at_start(request) and pages <= free and 2 * (be_blocks + pages) <= state.be_blocks_max:
+        fits = pages <= free and 2 * (be_blocks + pages) <= state.be_blocks_max
+        if fits and host.waits_at_start(request):
             return [request]
     return []

@@ -49,6 +49,8 @@ class Request:
     """Device KV pages, in order."""
     in_cohort: bool = False
     """Member of a cohort that is on its way through the stages."""
+    leaving: bool = False
+    """Decodes no further on the device: it is demoted as soon as its last token is mirrored."""
     cancelled: bool = False
     first_token_ns: int = 0
     last_token_ns: int = 0

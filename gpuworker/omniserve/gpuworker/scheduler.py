@@ -180,7 +180,9 @@ def _be_chunks(
     decoding = [
         r
         for r in state.be_device
-        if r.place is Place.DEVICE and len(r.blocks) * state.page_tokens > r.computed
+        if r.place is Place.DEVICE
+        and not r.leaving
+        and len(r.blocks) * state.page_tokens > r.computed
     ]
     loads = [load]
     for request in decoding:

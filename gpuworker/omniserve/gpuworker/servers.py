@@ -37,15 +37,15 @@ class AttentionServer:
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
 
-    def reserve(self, request: Request) -> bool:
-        """Reserves a sequence and the pages of prompt + max_tokens; False if there are none."""
-        pages = self.pages_for(request.limit)
-        if pages > self.pages_free or not self.sequences_free:
-            return False
-        self.pages_free -= pages
+    def has_room(self, request: Request) -> bool:
+        """Whether a sequence and the pages of prompt + max_tokens can be reserved."""
+        return bool(self.sequences_free) and self.pages_for(request.limit) <= self.pages_free
+
+    def reserve(self, request: Request) -> None:
+        """Reserves a sequence and the pages of prompt + max_tokens; the caller saw the room."""
+        self.pages_free -= self.pages_for(request.limit)
         request.server, request.sequence = self.index, self.sequences_free.pop()
         request.mirrored_sent = request.restored = 0
-        return True
 
     def free(self, request: Request) -> None:
         """Sends FREE; the sequence can be used again when it is answered."""
