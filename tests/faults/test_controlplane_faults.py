@@ -156,6 +156,13 @@ def test_limits_are_decided_by_one_control_plane_and_another_goes_on_when_it_die
     assert stack.redis.get(keys.LIMITS_LOCK) == holder
 
     def rows(controlplane: ControlPlane) -> int:
+        """Limits, with an LS request that met its SLO as a reason to raise them."""
+        sampling = types_pb2.SamplingParams(max_tokens=1)
+        list(
+            controlplane.inference.Generate(
+                inference_pb2.GenerateRequest(text="hi", sampling=sampling)
+            )
+        )
         status = controlplane.status.GetStatus(status_pb2.GetStatusRequest())
         return int(status.limits.be_rows_per_stage)
 

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from omniserve.controlplane import limits
@@ -11,7 +12,7 @@ TARGET = 0.95
 
 @st.composite
 def windows(draw: st.DrawFn) -> Window:
-    total = draw(st.integers(0, 1000))
+    total = draw(st.integers(1, 1000))
     return Window(total, draw(st.integers(0, total)))
 
 
@@ -99,6 +100,15 @@ def test_sustained_misses_reach_the_floor_and_quiet_reaches_the_ceiling() -> Non
     assert current.be_rows_per_stage == limits.ROWS_BOUNDS[0]
     assert current.safety_margin == limits.MARGIN_BOUNDS[1]
     for step in range(100):
-        current = decide(State(current, step, TARGET, Window(), Window()), step + STEP_S)
+        current = decide(State(current, step, TARGET, Window(9, 9), Window()), step + STEP_S)
     assert current.be_rows_per_stage == limits.ROWS_BOUNDS[1]
     assert current.safety_margin == limits.MARGIN_BOUNDS[0]
+
+
+def test_without_ls_requests_limits_recover_to_the_start_and_stay_there() -> None:
+    current = Limits(64, 1, 8, 0.1, 0.6)
+    for step in range(100):
+        current = decide(State(current, step, TARGET, Window(), Window()), step + STEP_S)
+    assert be_room(current) == pytest.approx(be_room(Limits()))
+    grown = Limits(64, 40, 200, 0.7, 0.1)
+    assert decide(State(grown, 0.0, TARGET, Window(), Window()), STEP_S) == grown

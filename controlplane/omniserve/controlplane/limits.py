@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from omniserve.controlplane.slo_state import Window
+
+_Number = TypeVar("_Number", int, float)
 
 # A decision shows in attainment only after the requests it touches have ended, so limits
 # move once per this time however often the loop looks.
@@ -49,9 +52,12 @@ def decide(state: State, now_s: float) -> Limits:
 
     Under target, limits shrink only while misses go on: the window remembers old ones for
     its whole length, and shrinking on those would close BE long after the cause has gone.
+    Without LS requests nothing shows that more than the starting values is safe.
     """
     if now_s - state.changed_s < STEP_S:
         return state.limits
+    if state.window.total == 0:
+        return _recovered(state.limits)
     if state.window.attainment >= state.target:
         return _grown(state.limits)
     if state.latest.attainment < state.target:
@@ -81,6 +87,30 @@ def _grown(limits: Limits) -> Limits:
         be_device_kv_share=_clamp(limits.be_device_kv_share + GROW_KV_SHARE, KV_SHARE_BOUNDS),
         safety_margin=_clamp(limits.safety_margin - MARGIN_DOWN, MARGIN_BOUNDS),
     )
+
+
+def _recovered(limits: Limits) -> Limits:
+    """One step of growth, but not beyond the starting values."""
+    start, grown = Limits(), _grown(limits)
+    return replace(
+        limits,
+        be_rows_per_stage=_up_to(
+            limits.be_rows_per_stage, grown.be_rows_per_stage, start.be_rows_per_stage
+        ),
+        be_prefill_tokens_per_iteration=_up_to(
+            limits.be_prefill_tokens_per_iteration,
+            grown.be_prefill_tokens_per_iteration,
+            start.be_prefill_tokens_per_iteration,
+        ),
+        be_device_kv_share=_up_to(
+            limits.be_device_kv_share, grown.be_device_kv_share, start.be_device_kv_share
+        ),
+        safety_margin=-_up_to(-limits.safety_margin, -grown.safety_margin, -start.safety_margin),
+    )
+
+
+def _up_to(value: _Number, grown: _Number, start: _Number) -> _Number:
+    return max(value, min(grown, start))
 
 
 def _clamp(value: float, bounds: tuple[float, float]) -> float:
