@@ -156,9 +156,7 @@ BY_REASON: dict[str, type[OmniServeError]] = {t.reason: t for t in _all_types(Om
 
 def to_status(error: OmniServeError) -> status_pb2.Status:
     """Returns the wire form of `error`: code, message and details."""
-    info = error_details_pb2.ErrorInfo(
-        reason=error.reason, domain=DOMAIN, metadata=error.metadata
-    )
+    info = error_details_pb2.ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.metadata)
     packed = [_pack(info)]
     if error.field:
         violation = error_details_pb2.BadRequest.FieldViolation(

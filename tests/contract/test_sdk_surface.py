@@ -7,8 +7,9 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-import omniserve.client
 import pytest
+
+import omniserve.client
 from omniserve.client import (
     AttentionServerStatus,
     FinishReason,

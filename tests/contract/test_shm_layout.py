@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omniserve.attnkernel import _core
 from omniserve.errors import InvalidArgumentError
 from omniserve.shm import layout

@@ -6,8 +6,9 @@ import signal
 
 import numpy as np
 import pytest
-from omniserve.attnkernel import KIND_ATTEND, KIND_CHECKPOINT, STATUS_OK, WorkerLink
 from support.attention_process import GEOMETRY, PAGES, ServerProcess, Worker
+
+from omniserve.attnkernel import KIND_ATTEND, KIND_CHECKPOINT, STATUS_OK, WorkerLink
 
 pytest_plugins = ["support.attention_fixtures"]
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import grpc
 import pytest
+from support.stack import MODEL_PATH, ControlPlane, Stack, wait_for
+from support.standin_worker import expected_tokens
+
 from omniserve import keys
 from omniserve.errors import StoreUnavailableError, from_rpc_error
 from omniserve.v1 import inference_pb2, jobs_pb2, status_pb2, types_pb2
-from support.stack import MODEL_PATH, ControlPlane, Stack, wait_for
-from support.standin_worker import expected_tokens
 
 ITEMS = 60
 ITEM_TOKENS = 40

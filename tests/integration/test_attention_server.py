@@ -11,6 +11,8 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.attention_process import GEOMETRY, PAGES, PATIENCE_S, ServerProcess, Worker
+
 from omniserve.attnkernel import (
     KIND_ATTEND,
     KIND_CHECKPOINT,
@@ -33,7 +35,6 @@ from omniserve.errors import (
 )
 from omniserve.internal.v1 import attention_pb2
 from omniserve.shm import layout
-from support.attention_process import GEOMETRY, PAGES, PATIENCE_S, ServerProcess, Worker
 
 pytest_plugins = ["support.attention_fixtures"]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+
 from omniserve.client import (
     CallCancelledError,
     Chunk,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
 from omniserve.client import Client, SamplingParams
 from omniserve.client.stack import ProcessFailedError, Stack, StackSettings
 from omniserve.errors import AddressInUseError, ModelFileError, SharedMemoryError

@@ -11,6 +11,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
+from support.stack import ControlPlane, Process, Stack, wait_for
+from support.standin_worker import REFUSED_TOKEN, STUCK_TOKEN, expected_tokens
+
 from omniserve.errors import (
     ContextLengthExceededError,
     InvalidArgumentError,
@@ -23,8 +26,6 @@ from omniserve.errors import (
     from_rpc_error,
 )
 from omniserve.v1 import inference_pb2, status_pb2, types_pb2
-from support.stack import ControlPlane, Process, Stack, wait_for
-from support.standin_worker import REFUSED_TOKEN, STUCK_TOKEN, expected_tokens
 
 MODEL = "SmolLM2-135M-Instruct"
 PROMPT = [100, 200, 300]

@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
+from support.stack import ControlPlane, Stack, wait_for
+from support.standin_worker import REFUSED_TOKEN, STUCK_TOKEN, expected_tokens
+
 from omniserve import keys
 from omniserve.errors import (
     ContextLengthExceededError,
@@ -16,8 +19,6 @@ from omniserve.errors import (
     from_rpc_error,
 )
 from omniserve.v1 import inference_pb2, jobs_pb2, status_pb2, types_pb2
-from support.stack import ControlPlane, Stack, wait_for
-from support.standin_worker import REFUSED_TOKEN, STUCK_TOKEN, expected_tokens
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from numpy.typing import NDArray
+
 from omniserve.attnkernel import (
     KIND_ATTEND,
     KIND_CHECKPOINT,

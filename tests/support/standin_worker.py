@@ -16,6 +16,7 @@ from typing import Any
 
 import grpc
 import redis.asyncio
+
 from omniserve import keys
 from omniserve.errors import InvalidArgumentError, RequestNotFoundError
 from omniserve.internal.v1 import worker_pb2, worker_pb2_grpc

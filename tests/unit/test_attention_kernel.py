@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from omniserve.attnkernel import PagedKv
 from omniserve.attnkernel._core import kernel_names, use_kernel
 

@@ -7,6 +7,7 @@ import statistics
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omniserve.client.bench.arrivals import arrival_times_s
 from omniserve.client.bench.metrics import (
     Outcome,

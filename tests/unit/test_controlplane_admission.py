@@ -2,6 +2,7 @@ from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omniserve.controlplane.admission import RETRY_MIN_S, Load, admit, predict_ttft_ms
 
 IDLE = Load(

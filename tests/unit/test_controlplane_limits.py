@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from omniserve.controlplane import limits
 from omniserve.controlplane.limits import STEP_S, Limits, State, decide
 from omniserve.controlplane.slo_state import Window

@@ -1,4 +1,5 @@
 import pytest
+
 from omniserve.controlplane.router import TELEMETRY_AGE_S, Router, Worker
 from omniserve.errors import NoWorkerError
 from omniserve.internal.v1 import worker_pb2

@@ -1,4 +1,5 @@
 import pytest
+
 from omniserve.controlplane.slo_state import Timing, Window
 
 

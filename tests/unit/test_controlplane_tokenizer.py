@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.stack import MODEL_PATH
+from transformers import AutoTokenizer
+
 from omniserve.controlplane import tokenizer
 from omniserve.controlplane.tokenizer import Tokenizer
 from omniserve.errors import ModelFileError
-from support.stack import MODEL_PATH
-from transformers import AutoTokenizer
 
 TEXTS = [
     "Hello  world é 😀 <|im_end|> 123",

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+
 from omniserve.client import _wire
 from omniserve.client._errors import typed
 from omniserve.client._generation import Generation

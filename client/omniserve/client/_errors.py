@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grpc
+
 from omniserve.errors import InvalidArgumentError, OmniServeError, from_rpc_error
 
 

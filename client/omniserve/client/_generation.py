@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any
 
 import grpc
+
 from omniserve.client import _wire
 from omniserve.client._errors import typed
 from omniserve.client._types import Chunk, FinishReason, Usage

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-from omniserve.errors import SettingsError
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings
+
+from omniserve.errors import SettingsError
 
 S = TypeVar("S", bound=BaseSettings)
 Command = Callable[..., Any]

@@ -7,6 +7,7 @@ from dataclasses import fields
 from typing import TypeVar
 
 from google.protobuf.message import Message as ProtoMessage
+
 from omniserve.client import _status as st
 from omniserve.client._types import (
     Chunk,

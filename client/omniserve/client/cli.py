@@ -11,14 +11,15 @@ from types import FrameType
 from typing import Any
 
 import click
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from rich.console import Console
+
 from omniserve.client import DEFAULT_ADDRESS, Client, Message, SamplingParams, ServiceClass
 from omniserve.client._options import options_of, read
 from omniserve.client.bench.settings import BenchSettings
 from omniserve.client.stack import Stack, StackSettings
 from omniserve.rpc import exit_on_error
-from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
-from rich.console import Console
 
 
 class ConnectSettings(BaseSettings):

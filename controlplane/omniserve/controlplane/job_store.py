@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import redis.exceptions
+
 from omniserve import keys
 from omniserve.controlplane.store import store_errors
 from omniserve.errors import JobNotFoundError, QueueFullError, RequestExistsError

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
+
 from omniserve import keys
 from omniserve.controlplane.limits import Limits, State, decide
 from omniserve.controlplane.router import Router, Worker

@@ -19,6 +19,7 @@ from typing import Any
 
 import grpc
 from google.protobuf.message import DecodeError
+
 from omniserve import keys
 from omniserve.controlplane.admission import Load
 from omniserve.controlplane.store import store_errors

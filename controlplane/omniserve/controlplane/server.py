@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+
 from omniserve.controlplane import store, tokenizer
 from omniserve.controlplane.dispatcher import Dispatcher
 from omniserve.controlplane.inference import InferenceServicer

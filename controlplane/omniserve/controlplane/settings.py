@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from omniserve.errors import SettingsError
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as SourceError
+
+from omniserve.errors import SettingsError
 
 PositiveMs = Annotated[float, Field(gt=0, le=3_600_000)]
 

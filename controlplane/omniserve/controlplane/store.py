@@ -8,9 +8,10 @@ from typing import Any
 
 import redis.asyncio
 import redis.exceptions
-from omniserve.errors import SettingsError, StoreUnavailableError
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+
+from omniserve.errors import SettingsError, StoreUnavailableError
 
 # Longest wait for an answer. Blocking reads must stay well below it.
 ANSWER_S = 2.0

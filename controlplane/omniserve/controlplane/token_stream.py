@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 import grpc
+
 from omniserve.controlplane.router import Router, Worker
 from omniserve.errors import (
     DrainingError,

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from gguf import GGUFReader
-from omniserve.controlplane.detokenizer import Detokenizer
-from omniserve.errors import ModelFileError
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
+
+from omniserve.controlplane.detokenizer import Detokenizer
+from omniserve.errors import ModelFileError
 
 # Text longer than this is tokenised in a thread (the library releases the interpreter lock);
 # shorter text takes less time than a thread switch is worth.

@@ -9,6 +9,7 @@ from concurrent import futures
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from omniserve.attnkernel import kernel_name
 from omniserve.attnkernel._core import ServerLoop
 from omniserve.cpuattn.arena import Arena

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import grpc
+
 from omniserve.attnkernel._core import Geometry as NativeGeometry
 from omniserve.attnkernel._core import ServerLoop
 from omniserve.cpuattn.settings import CpuAttnSettings

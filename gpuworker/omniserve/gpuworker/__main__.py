@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import redis.asyncio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
 from omniserve import keys
 from omniserve.attnkernel import Bell
 from omniserve.errors import OmniServeError

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 import grpc
+
 from omniserve.internal.v1 import attention_pb2, attention_pb2_grpc, engine_pb2
 from omniserve.v1 import status_pb2
 

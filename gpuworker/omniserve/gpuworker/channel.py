@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zmq
 import zmq.asyncio
+
 from omniserve.attnkernel import Bell
 from omniserve.internal.v1 import engine_pb2
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
 from omniserve.attnkernel import Bell
 from omniserve.gpuworker import placement, scheduler
 from omniserve.gpuworker.channel import EngineChannel
@@ -28,6 +29,8 @@ from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.stages import StageRunner
 
 _IDLE_WAIT_US = 50_000
+# Ready rows may wait for others of their stage, but not for long (scheduler.PATIENCE_NS).
+_WAIT_US = scheduler.PATIENCE_NS // 1000
 
 
 class Engine:
@@ -47,7 +50,7 @@ class Engine:
         self._bell = bell
         self._clock_ns = clock_ns
         self._outbox = Outbox(channel)
-        self._lifecycle = Lifecycle(settings, device, self._outbox)
+        self._lifecycle = Lifecycle(settings, device, self._outbox, clock_ns)
         self._inbox = Inbox(channel, self._lifecycle, clock_ns)
         self._state = self._lifecycle.state
         self._counters = self._lifecycle.counters
@@ -148,8 +151,7 @@ class Engine:
         """Returns the state with its gauges brought up to date."""
         state = self._state
         state.blocks_free = self._lifecycle.blocks.free
-        state.ready_by_stage = self._parking.ready_by_stage()
-        state.rows_away = self._parking.away
+        state.parked = self._parking.by_stage()
         cohort = self._be_cohort
         state.be_cohort_stage = cohort.stage if cohort is not None else -1
         state.be_cohort_rows = cohort.rows if cohort is not None else 0
@@ -166,4 +168,4 @@ class Engine:
         if self._lifecycle.is_empty() and not self._idle:
             self._lifecycle.check_integrity()
         self._idle = self._lifecycle.is_empty()
-        self._bell.wait(seen, _IDLE_WAIT_US)
+        self._bell.wait(seen, _WAIT_US if self._state.parked.ready.any() else _IDLE_WAIT_US)

@@ -8,6 +8,7 @@ import signal
 import time
 
 import torch
+
 from omniserve.attnkernel import Bell
 from omniserve.errors import OmniServeError
 from omniserve.gpuworker import profiler

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
+from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.requests import Place, Request
 
 
@@ -40,8 +39,7 @@ class EngineState:
     be_cohort_stage: int = -1
     """Next stage of the BE cohort under way; -1 if there is none."""
     be_cohort_rows: int = 0
-    ready_by_stage: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
-    rows_away: int = 0
+    parked: StageCounts = field(default_factory=lambda: StageCounts.empty(0))
 
     @property
     def be_blocks(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
 import grpc
+
 from omniserve.errors import (
     BY_REASON,
     ContextLengthExceededError,

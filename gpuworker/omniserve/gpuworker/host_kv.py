@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
+
 from omniserve.attnkernel import PagedKv, WorkerLink
 from omniserve.gpuworker.kv.mirror import Mirror
 from omniserve.gpuworker.requests import Request

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+
 from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.engine_state import Limits
 from omniserve.gpuworker.lifecycle import Lifecycle

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+
 from omniserve.latency import LatencyProfile
 
 # How fast the online factor follows, and how far one observation may pull it: an outlier (a

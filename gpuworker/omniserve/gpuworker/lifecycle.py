@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import random
 from collections import deque
+from collections.abc import Callable
 
 from omniserve.attnkernel import STATUS_OK, WorkerLink
 from omniserve.gpuworker.cohort import Cohort
@@ -38,7 +39,13 @@ class Path(enum.Enum):
 class Lifecycle:
     """Owns all requests, the device pages, the parking lot and the servers' links."""
 
-    def __init__(self, settings: WorkerSettings, device: CpuDevice, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        settings: WorkerSettings,
+        device: CpuDevice,
+        outbox: Outbox,
+        clock_ns: Callable[[], int],
+    ) -> None:
         config = device.config
         pages = settings.device_kv_tokens // settings.page_tokens
         addresses = settings.attention_server_addresses
@@ -46,7 +53,7 @@ class Lifecycle:
         self.blocks = BlockPool(pages, settings.page_tokens)
         self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
         rows = max(1, settings.be_sequences_max * len(addresses))
-        self.parking = ParkingLot(rows, config.layers + 1, config.hidden, device.dtype)
+        self.parking = ParkingLot(rows, config.layers + 1, config.hidden, device.dtype, clock_ns)
         self.host = HostKv(device.kv, config.layers, settings.page_tokens)
         self.servers = self.host.servers
         self.placement: Placement = settings.be_placement if addresses else "device"

@@ -7,19 +7,45 @@ BE means not boarding it: a parked row loses nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from omniserve.gpuworker.requests import Request
 
 _FREE, _READY, _AWAY, _HELD = 0, 1, 2, 3
 Rows = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class StageCounts:
+    """Parked rows by the stage that they run next; each [stages]."""
+
+    ready: npt.NDArray[np.int64]
+    away: npt.NDArray[np.int64]
+    oldest_ready_ns: npt.NDArray[np.int64]
+    """When the oldest ready row became so; the largest int64 where none is."""
+
+    @staticmethod
+    def empty(stages: int) -> StageCounts:
+        none = np.zeros(stages, dtype=np.int64)
+        return StageCounts(none, none, np.full(stages, np.iinfo(np.int64).max))
+
+
 class ParkingLot:
     """Arrays over rows, so that a stage boards with no Python per row. One row a request."""
 
-    def __init__(self, rows: int, stages: int, hidden: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        rows: int,
+        stages: int,
+        hidden: int,
+        dtype: torch.dtype,
+        clock_ns: Callable[[], int],
+    ) -> None:
         self.residual = torch.zeros(rows, hidden, dtype=dtype)
         """The residual store, [rows, hidden]."""
         self.server = np.zeros(rows, dtype=np.int32)
@@ -32,8 +58,8 @@ class ParkingLot:
         self._stages = stages
         self._stage = np.zeros(rows, dtype=np.int32)
         self._state = np.zeros(rows, dtype=np.int8)
-        self._order = np.zeros(rows, dtype=np.int64)
-        self._clock = 0
+        self._ready_ns = np.zeros(rows, dtype=np.int64)
+        self._clock_ns = clock_ns
         self._free = list(range(rows - 1, -1, -1))
         self._row_of: dict[tuple[int, int], int] = {}
 
@@ -86,7 +112,7 @@ class ParkingLot:
             return np.empty(0, dtype=np.int64)
         rows = np.flatnonzero((self._state == _READY) & (self._stage == stage))
         if len(rows) > allowance:
-            rows = rows[np.argpartition(self._order[rows], allowance - 1)[:allowance]]
+            rows = rows[np.argsort(self._ready_ns[rows], kind="stable")[:allowance]]
         return rows
 
     def send_away(self, rows: Rows, next_stage: int) -> None:
@@ -98,13 +124,19 @@ class ParkingLot:
         """Attention of `sequences` came back; returns their rows."""
         rows = [self._row_of[server, int(sequence)] for sequence in sequences]
         self._state[rows] = _READY
-        self._order[rows] = np.arange(self._clock, self._clock + len(rows))
-        self._clock += len(rows)
+        self._ready_ns[rows] = self._clock_ns()
         return rows
 
-    def ready_by_stage(self) -> npt.NDArray[np.int64]:
-        """Returns how many rows are ready at each stage, [stages]."""
-        return np.bincount(self._stage[self._state == _READY], minlength=self._stages)
+    def by_stage(self) -> StageCounts:
+        """Returns who is parked where."""
+        ready, away = self._state == _READY, self._state == _AWAY
+        oldest = np.full(self._stages, np.iinfo(np.int64).max, dtype=np.int64)
+        np.minimum.at(oldest, self._stage[ready], self._ready_ns[ready])
+        return StageCounts(
+            ready=np.bincount(self._stage[ready], minlength=self._stages),
+            away=np.bincount(self._stage[away], minlength=self._stages),
+            oldest_ready_ns=oldest,
+        )
 
     @property
     def parked(self) -> int:
@@ -128,5 +160,4 @@ class ParkingLot:
 
     def _set(self, row: int, stage: int, state: int) -> None:
         self._stage[row], self._state[row] = stage, state
-        self._order[row] = self._clock
-        self._clock += 1
+        self._ready_ns[row] = self._clock_ns()

@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
+
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.requests import Request

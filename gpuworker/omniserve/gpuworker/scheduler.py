@@ -10,9 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from omniserve.gpuworker.cohort import Chunk
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.requests import Place, Request
 
 # BE work that attends on the device takes budget that boarding rows could use later in the pass:
@@ -20,6 +23,9 @@ from omniserve.gpuworker.requests import Place, Request
 _DEVICE_BE_SHARE = 0.7
 # An LS prompt advances by at least this much in every pass, or its own TTFT would starve.
 _LS_CHUNK_MIN = 16
+# How long parked rows wait for others of their stage.
+PATIENCE_NS = 5_000_000
+_COHORTS = 2
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def decide(
     ls = _ls_chunks(state, model, now_ns, prefill_tokens_max)
     if ls:
         return _beside_ls(state, model, now_ns, ls)
-    return _best_effort_only(state, model, prefill_tokens_max)
+    return _best_effort_only(state, model, now_ns, prefill_tokens_max)
 
 
 def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
@@ -146,9 +152,9 @@ def _beside_ls(state: EngineState, model: LatencyModel, now_ns: int, ls: list[Ch
 
 
 def _best_effort_only(
-    state: EngineState, model: LatencyModel, prefill_tokens_max: int
+    state: EngineState, model: LatencyModel, now_ns: int, prefill_tokens_max: int
 ) -> Plan | None:
-    """With no LS row: the BE cohort's remaining stages, else the stage with most ready rows."""
+    """With no LS row: the BE cohort's remaining stages, else a stage of parked rows."""
     everything = len(state.be_host)
     if state.be_cohort_stage >= 0:
         stages = range(state.be_cohort_stage, state.stages)
@@ -159,10 +165,29 @@ def _best_effort_only(
         predicted = model.pass_ns(load, _expected_boarding(state, everything))
         stages = range(state.stages)
         return Plan(stages, (), tuple(chunks), state.stages, everything, predicted_ns=predicted)
-    if not state.ready_by_stage.any():
+    stage = pick_stage(state.parked, now_ns)
+    return None if stage is None else Plan(range(stage, stage + 1), allowance=everything)
+
+
+def pick_stage(parked: StageCounts, now_ns: int) -> int | None:
+    """Returns the stage of parked rows to run when there is nothing else; None to wait.
+
+    A stage costs nearly the same for one row as for many, so rows of a stage wait for one another
+    (PATIENCE_NS at most: a stopped server must not hold up the other's rows), and the rows
+    furthest behind go first until those of all stages have gathered in two cohorts: one for the
+    worker, one for the servers.
+    """
+    waited = now_ns - parked.oldest_ready_ns > PATIENCE_NS
+    runnable = np.flatnonzero((parked.ready > 0) & ((parked.away == 0) | waited))
+    if not len(runnable):
         return None
-    fullest = int(state.ready_by_stage.argmax())
-    return Plan(range(fullest, fullest + 1), allowance=everything)
+    occupied = np.flatnonzero(parked.ready + parked.away)
+    if len(occupied) <= _COHORTS:
+        return int(runnable[parked.oldest_ready_ns[runnable].argmin()])
+    stages = len(parked.ready)
+    following = np.append(occupied[1:], occupied[0] + stages)
+    distance = (following - occupied)[np.searchsorted(occupied, runnable)]
+    return int(runnable[distance.argmin()])
 
 
 def _be_chunks(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import torch
+
 from omniserve.attnkernel import KIND_ATTEND, KIND_FREE, WorkerLink
 from omniserve.gpuworker.requests import Request
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from omniserve.errors import SettingsError
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from omniserve.errors import SettingsError
 
 
 class WorkerSettings(BaseSettings):

@@ -63,7 +63,7 @@ def snapshot(
         be_device_resident=len(state.be_device),
         be_waiting=len(state.be_waiting),
         rows_parked=parked,
-        rows_away=state.rows_away,
+        rows_away=int(state.parked.away.sum()),
         device_blocks_total=state.blocks_total,
         device_blocks_free=state.blocks_free,
         ls_prefill_tokens_waiting=sum(r.known - r.computed for r in prompts),

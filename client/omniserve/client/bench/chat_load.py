@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import grpc
+
 from omniserve.client import (
     Client,
     FinishReason,

@@ -6,15 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
 from omniserve.client.bench import metrics
 from omniserve.client.bench.backlog_load import BacklogLoad
 from omniserve.client.bench.chat_load import Answer, ChatLoad
 from omniserve.client.bench.report import number
 from omniserve.client.bench.samples import BE_PATHS, Sample, be_rates
 from omniserve.client.bench.settings import BenchSettings
-from rich.console import Console, Group
-from rich.live import Live
-from rich.text import Text
 
 PLAIN_EVERY_S = 2.0
 # Rates are means over this many samples: single ones jump.

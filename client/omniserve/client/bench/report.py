@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rich.table import Table
+
 from omniserve.client import Status
 from omniserve.client.bench import metrics, samples
 from omniserve.client.bench.metrics import Outcome, RequestRecord
 from omniserve.client.bench.settings import BenchSettings
-from rich.table import Table
 
 
 @dataclass(frozen=True)

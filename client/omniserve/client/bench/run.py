@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from omniserve.client import Client, OmniServeError, Status, UnreachableError
 from omniserve.client.bench.backlog_load import BacklogLoad
 from omniserve.client.bench.chat_load import ChatLoad
@@ -18,7 +20,6 @@ from omniserve.client.bench.report import BacklogCounts, build_report, report_ta
 from omniserve.client.bench.samples import Sample
 from omniserve.client.bench.settings import BenchSettings
 from omniserve.client.bench.texts import dialogues, problems
-from rich.console import Console
 
 SAMPLE_EVERY_S = 0.5
 STATUS_TIMEOUT_S = 2.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import grpc
+
 from omniserve.client.stack import host
 from omniserve.client.stack.plan import StackPlan, plan_stack
 from omniserve.client.stack.process import ManagedProcess, wait_any_exit

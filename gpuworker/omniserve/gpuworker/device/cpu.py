@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F  # noqa: N812  (the field's name for it)
+
 from omniserve.attnkernel import PagedKv
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.model.config import ModelConfig

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
 from omniserve.attnkernel import KIND_CHECKPOINT, KIND_RESTORE, STATUS_OK, PagedKv
 from omniserve.gpuworker.requests import Request
 from omniserve.gpuworker.servers import AttentionServer

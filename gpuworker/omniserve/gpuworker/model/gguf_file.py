@@ -9,6 +9,7 @@ import gguf
 import numpy as np
 import torch
 from gguf.quants import dequantize
+
 from omniserve.errors import ModelFileError
 from omniserve.gpuworker.model.config import ModelConfig
 

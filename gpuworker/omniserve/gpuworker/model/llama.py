@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.gguf_file import GgufModel
 
