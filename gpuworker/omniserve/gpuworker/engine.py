@@ -113,7 +113,7 @@ class Engine:
         elapsed = self._clock_ns() - started_ns
         self._counters.passes += ls is not None
         self._counters.busy_ns += elapsed
-        if ls is not None and not cut_short:
+        if not cut_short:
             self._model.observe(plan.predicted_ns, elapsed)
 
     def _accept(self, cohorts: list[Cohort], boarded: Rows, logits: torch.Tensor) -> None:

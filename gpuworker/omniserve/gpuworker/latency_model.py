@@ -13,9 +13,10 @@ import numpy.typing as npt
 from omniserve.latency import LatencyProfile
 
 # How fast the online factor follows, and how far one observation may pull it: an outlier (a
-# descheduled process) must not look like a slower machine.
+# descheduled process) must not look like a slower machine, a slower machine must not look like
+# one outlier after another.
 _CORRECTION_GAIN = 0.05
-_OUTLIER = 3.0
+_OUTLIER = 2.0
 
 
 @dataclass(frozen=True)
@@ -77,17 +78,21 @@ class LatencyModel:
         )
         return self.correction * (dense + attention)
 
-    def middle_stage_ns(self, rows: int) -> float:
-        """The dense part of one middle stage."""
-        return self.correction * self._at(self._middle, rows) if rows else 0.0
+    def stage_ns(self, stage: int, rows: int) -> float:
+        """The dense part of one stage."""
+        times = self._middle
+        if stage == 0:
+            times = self._first
+        elif stage == self._layers:
+            times = self._last
+        return self.correction * self._at(times, rows)
 
     def observe(self, predicted_ns: float, measured_ns: float) -> None:
-        """Corrects the model by one pass that was predicted and measured."""
+        """Corrects the model by one plan that was predicted and measured."""
         if predicted_ns <= 0 or measured_ns <= 0:
             return
-        ratio = measured_ns / predicted_ns
-        if 1 / _OUTLIER < ratio < _OUTLIER:
-            self.correction *= 1 + _CORRECTION_GAIN * (ratio - 1)
+        ratio = min(max(measured_ns / predicted_ns, 1 / _OUTLIER), _OUTLIER)
+        self.correction *= 1 + _CORRECTION_GAIN * (ratio - 1)
 
     def _at(self, times: npt.NDArray[np.float64], rows: int) -> float:
         if rows == 0:

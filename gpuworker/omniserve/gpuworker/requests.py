@@ -77,8 +77,11 @@ class Request:
         """Prompt plus max_tokens."""
         return len(self.tokens)
 
-    def next_deadline_ns(self) -> int:
-        """When the next output token is due: TTFT for the first, then one TPOT apart."""
+    def next_deadline_ns(self, aim: float = 1.0) -> float:
+        """When the next output token is due: TTFT for the first, then one TPOT apart.
+
+        `aim` scales the SLO, e.g. 0.8 for deadlines a fifth tighter than promised.
+        """
         if self.generated == 0:
-            return self.arrival_ns + self.ttft_slo_ns
-        return self.first_token_ns + self.generated * self.tpot_slo_ns
+            return self.arrival_ns + self.ttft_slo_ns * aim
+        return self.first_token_ns + self.generated * self.tpot_slo_ns * aim

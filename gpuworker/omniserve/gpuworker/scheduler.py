@@ -59,22 +59,24 @@ def decide(
 
 
 def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
-    """Least slack over LS requests: what the next pass may take (before the safety margin).
+    """Least slack over LS requests: what the next pass may take.
 
-    A running stream's slack ends at its next token's deadline and is never more than one TPOT
-    beyond it since the last token, so that no gap exceeds 2 x TPOT. A waiting prompt's slack is
-    what its TTFT leaves after its own remaining prefill, but one TPOT at most: the pass after
-    this one has streams to serve that do not run yet.
+    Deadlines are those of an SLO tightened by the safety margin: a stream held to its last
+    millisecond misses by any hiccup. A running stream's slack is never more than what keeps its
+    next gap within 2 x TPOT. A waiting prompt's slack is what its TTFT leaves after its own
+    remaining prefill, but one TPOT at most: the passes after this one have streams to serve that
+    do not run yet.
     """
+    aim = 1.0 - state.limits.safety_margin
     slack = float("inf")
     for request in state.ls_running:
         if request.generated > 0:
-            slack = min(slack, _stream_slack_ns(request, now_ns))
+            slack = min(slack, _stream_slack_ns(request, aim, now_ns))
         else:
             left = Load.prefill(request.computed, request.known - request.computed, last=True)
-            spare = request.next_deadline_ns() - now_ns - model.pass_ns(left)
-            slack = min(slack, spare, request.tpot_slo_ns)
-    return slack * (1.0 - state.limits.safety_margin)
+            spare = request.next_deadline_ns(aim) - now_ns - model.pass_ns(left)
+            slack = min(slack, spare, request.tpot_slo_ns * aim)
+    return slack
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -96,8 +98,8 @@ def _ls_chunks(
     decoding = [r for r in state.ls_running if r.generated > 0]
     chunks = [_decode(r) for r in decoding]
     load = sum((_load(c) for c in chunks), Load())
-    margin = 1.0 - state.limits.safety_margin
-    slack = min((_stream_slack_ns(r, now_ns) for r in decoding), default=float("inf")) * margin
+    aim = 1.0 - state.limits.safety_margin
+    slack = min((_stream_slack_ns(r, aim, now_ns) for r in decoding), default=float("inf"))
     left = prefill_tokens_max
     prompts = (r for r in state.ls_running if r.generated == 0)
     for request in sorted(prompts, key=Request.next_deadline_ns):
@@ -166,7 +168,10 @@ def _best_effort_only(
         stages = range(state.stages)
         return Plan(stages, (), tuple(chunks), state.stages, everything, predicted_ns=predicted)
     stage = pick_stage(state.parked, now_ns)
-    return None if stage is None else Plan(range(stage, stage + 1), allowance=everything)
+    if stage is None:
+        return None
+    predicted = model.stage_ns(stage, int(state.parked.ready[stage]))
+    return Plan(range(stage, stage + 1), allowance=everything, predicted_ns=predicted)
 
 
 def pick_stage(parked: StageCounts, now_ns: int) -> int | None:
@@ -222,9 +227,9 @@ def _expected_boarding(state: EngineState, allowance: int) -> int:
     return min(allowance, len(state.be_host) // state.stages)
 
 
-def _stream_slack_ns(request: Request, now_ns: int) -> float:
-    gap_ends = request.last_token_ns + 2 * request.tpot_slo_ns
-    return min(request.next_deadline_ns(), gap_ends) - now_ns
+def _stream_slack_ns(request: Request, aim: float, now_ns: int) -> float:
+    gap_ends = request.last_token_ns + 2 * aim * request.tpot_slo_ns
+    return min(request.next_deadline_ns(aim), gap_ends) - now_ns
 
 
 def _decode(request: Request) -> Chunk:
