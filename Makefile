@@ -20,6 +20,7 @@ help:  ## list the targets
 venv: $(STAMP)  ## create .venv and install everything into it
 
 $(STAMP): constraints.txt requirements-dev.txt requirements-demo.txt $(addsuffix /pyproject.toml,$(DISTRIBUTIONS)) $(NATIVE) $(LAYOUT)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -r requirements-dev.txt
 # The build tools are in requirements-dev.txt: pinned like the rest, and installed once.

@@ -5,12 +5,12 @@
 | `omniserve:worker:{worker_id}` | string, JSON | HEARTBEAT_TTL_S | gpuworker front |
 | `omniserve:limits` | string, JSON | none | controlplane that holds `limits_lock` |
 | `omniserve:limits_lock` | string, holder's id | LIMITS_LOCK_TTL_S | controlplane |
-| `omniserve:ls:{second}` | hash: total, met | attainment window + 5 s | every controlplane |
+| `omniserve:ls:{second}` | hash: total, met | attainment window + 5 s | controlplane |
 | `omniserve:request:{request_id}` | string, JSON | REQUEST_TTL_S | controlplane that serves it |
-| `omniserve:be` | Stream, group BE_GROUP | none; an entry goes when its item ends | every controlplane |
-| `omniserve:job:{job_id}` | hash | retention, from the job's end on | every controlplane |
-| `omniserve:job:{job_id}:results` | list of JobResult, serialized | as the job | every controlplane |
-| `omniserve:job:{job_id}:entries` | list of entry ids of `omniserve:be` | as the job | every controlplane |
+| `omniserve:be` | Stream, group BE_GROUP | none; an entry goes when its item ends | controlplane |
+| `omniserve:job:{job_id}` | hash | retention, from the job's end on | controlplane |
+| `omniserve:job:{job_id}:results` | list of JobResult, serialized | as the job | controlplane |
+| `omniserve:job:{job_id}:entries` | list of ids in `omniserve:be` | as the job | controlplane |
 
 Fields of a job's hash: `fingerprint` (SHA-256 of what was submitted), `state` (a JobState as a
 number), `total`, `completed`, `failed`. Fields of a Stream entry: `job`, `custom_id` and `request`

@@ -44,9 +44,14 @@ class GenerateSettings(ConnectSettings):
 
 
 class DemoStackSettings(StackSettings):
-    """As for `up`, but beside whatever else runs here."""
+    """As for `up`, but beside whatever else runs here, and with a small device.
+
+    The backlog does not fit 4096 tokens of device KV, as on a GPU that LS has nearly filled: what
+    the demo shows is the part of the backlog that decodes through the attention servers.
+    """
 
     port: int = Field(default=0, ge=0, le=65535, description="Public port; 0 picks a free one.")
+    device_kv_tokens: int = Field(default=4096, ge=256, description="Tokens of KV on the device.")
     run_dir: str = Field(default="runs/demo", description="Folder for logs.")
 
 
@@ -166,7 +171,7 @@ def demo(as_json: bool, **flags: Any) -> None:
 
 def _start(stack: Stack, console: Console) -> None:
     logs = Path(stack.settings.run_dir)
-    console.print(f"starting; logs in {logs}")
+    console.print(f"starting: loads the model and measures it, under a minute; logs in {logs}")
     stack.start()
     for process in stack.processes():
         console.print(f"  {process.name:14} pid {process.pid:<8} {process.address}")

@@ -120,7 +120,7 @@ def report_table(report: dict[str, Any]) -> Table:
         f"LS attainment (TTFT {slo['ttft_ms']:g} ms, TPOT {slo['tpot_ms']:g} ms)": number(
             ls["attainment"], ".3f"
         ),
-        "LS requests: completed / refused / failed / unfinished": " / ".join(
+        "LS completed / refused / failed / unfinished": " / ".join(
             str(ls[k]) for k in ("completed", "refused", "failed", "unfinished")
         ),
         "LS TTFT p50 / p95 / p99, ms": _triple(ls["ttft_ms"]),

@@ -44,6 +44,7 @@ def run_bench(
         first = _first_status(observer)
         backlog.start()
         try:
+            console.print(f"warming up: {settings.num_warmups} chat requests beside the backlog")
             chat.warm_up()
             first = _status(observer) or first
             start_s = time.perf_counter()
