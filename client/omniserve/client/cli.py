@@ -171,7 +171,7 @@ def demo(as_json: bool, **flags: Any) -> None:
 
 def _start(stack: Stack, console: Console) -> None:
     logs = Path(stack.settings.run_dir)
-    console.print(f"starting: loads the model and measures it, under a minute; logs in {logs}")
+    console.print(f"starting: the worker loads the model and measures its stages; logs in {logs}")
     stack.start()
     for process in stack.processes():
         console.print(f"  {process.name:14} pid {process.pid:<8} {process.address}")

@@ -82,4 +82,4 @@ def _throughput(axes: Any, samples: Sequence[Sample]) -> None:
     axes.grid(alpha=0.3)
     # Above the data's highest point, so that it hides nothing.
     axes.set_ylim(top=1.25 * axes.get_ylim()[1])
-    axes.legend(loc="upper center", ncols=3)
+    axes.legend(loc="upper center", ncols=3, fontsize="small")
