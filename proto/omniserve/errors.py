@@ -173,7 +173,7 @@ def to_status(error: OmniServeError) -> status_pb2.Status:
 
 def from_rpc_error(rpc_error: grpc.RpcError) -> OmniServeError | None:
     """Returns the typed error behind an RPC error, or None if the peer sent none."""
-    status = rpc_status.from_call(rpc_error)  # type: ignore[arg-type]
+    status = rpc_status.from_call(rpc_error)
     if status is None:
         return None
     return from_status(status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,9 @@ class LatencyProfile:
     def from_json(text: str) -> LatencyProfile:
         """Raises ValueError if `text` is not a profile."""
         try:
-            fields = json.loads(text)
-            lists = ("rows", "first_stage_ns", "middle_stage_ns", "last_stage_ns")
-            return LatencyProfile(**{k: tuple(v) if k in lists else v for k, v in fields.items()})
-        except (TypeError, AttributeError) as error:
+            fields: dict[str, Any] = json.loads(text)
+            for name in ("rows", "first_stage_ns", "middle_stage_ns", "last_stage_ns"):
+                fields[name] = tuple(fields[name])
+            return LatencyProfile(**fields)
+        except (TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"not a latency profile: {error}") from error

@@ -88,9 +88,10 @@ class Engine:
             be = self._be_cohort
             if be is not None and be.stage == stage < plan.be_until:
                 cohorts.append(be)
-            boarded = self._parking.board(stage, plan.allowance + unused)
             # Allowance that a stage leaves unused carries to later stages of the pass.
-            unused = max(0, unused + plan.allowance - len(boarded)) if plan.allowance else 0
+            allowance = plan.allowance + unused if plan.allowance else 0
+            boarded = self._parking.board(stage, allowance)
+            unused = allowance - len(boarded)
             if cohorts or len(boarded):
                 logits = self._stages.run(stage, cohorts, boarded)
                 self._count(ls is not None, boarded)
