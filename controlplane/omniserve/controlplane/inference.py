@@ -84,7 +84,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def ListModels(  # noqa: N802
         self, _request: inference_pb2.ListModelsRequest, _context: Any
     ) -> inference_pb2.ListModelsResponse:
-        context_tokens = self.validator.context_tokens()
+        context_tokens = self.validator.capacity().context_tokens
         model = inference_pb2.Model(id=self.settings.model, context_tokens=context_tokens)
         for worker in self.router.workers:
             model.dtype, model.device = worker.report.dtype, worker.report.status.device

@@ -104,6 +104,20 @@ def check_context(prompt_tokens: int, max_tokens: int, context_tokens: int, fiel
         )
 
 
+def check_prompt(prompt_tokens: int, prompt_tokens_max: int, field: str) -> None:
+    """Refuses a best-effort prompt that no worker's device share could ever hold."""
+    if prompt_tokens > prompt_tokens_max:
+        raise ContextLengthExceededError(
+            f"prompt of {prompt_tokens} tokens is over the {prompt_tokens_max} tokens that a "
+            "best-effort prompt may have on the device",
+            field=field,
+            metadata={
+                "prompt_tokens": str(prompt_tokens),
+                "be_prompt_tokens_max": str(prompt_tokens_max),
+            },
+        )
+
+
 def _check_text(text: str, field: str) -> None:
     if not text:
         raise InvalidArgumentError("must not be empty", field=field)

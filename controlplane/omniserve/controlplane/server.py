@@ -24,7 +24,7 @@ from omniserve.controlplane.router import Router
 from omniserve.controlplane.settings import Settings
 from omniserve.controlplane.slo_state import SloState
 from omniserve.controlplane.status import StatusServicer
-from omniserve.controlplane.validator import Validator
+from omniserve.controlplane.validator import Capacity, Validator
 from omniserve.rpc import SERVER_OPTIONS, add_reflection, bind
 from omniserve.v1 import (
     inference_pb2,
@@ -75,11 +75,18 @@ async def serve(settings: Settings) -> None:
         reclaim_s=settings.job_reclaim_s,
     )
 
-    def context_tokens() -> int:
-        known = [w.report.context_tokens for w in router.workers if w.report.context_tokens]
-        return min([words.context_tokens, *known])
+    def capacity() -> Capacity:
+        reports = [worker.report for worker in router.workers]
+        context = min([words.context_tokens, *(r.context_tokens or 1 << 30 for r in reports)])
+        return Capacity(
+            context_tokens=context,
+            ls_tokens_max=min([context, *(r.ls_tokens_max or context for r in reports)]),
+            be_prompt_tokens_max=min(
+                [context, *(r.be_prompt_tokens_max or context for r in reports)]
+            ),
+        )
 
-    validator = Validator(settings, words, context_tokens)
+    validator = Validator(settings, words, capacity)
     inference = InferenceServicer(settings, validator, router, Placements(redis), slo_state, view)
     health = HealthServicer()
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)

@@ -20,11 +20,22 @@ CUSTOM_ID_CHARS = 512
 
 
 @dataclass(frozen=True)
+class Capacity:
+    """What a request may ask for so that every worker can run it."""
+
+    context_tokens: int
+    """Prompt plus generated tokens."""
+    ls_tokens_max: int
+    """The same of an LS request, whose KV stays on the device."""
+    be_prompt_tokens_max: int
+    """Prompt of a BE request, which is prefilled in BE's share of the device."""
+
+
+@dataclass(frozen=True)
 class Validator:
     settings: Settings
     tokenizer: Tokenizer
-    context_tokens: Callable[[], int]
-    """Prompt plus generated tokens that one request may have now."""
+    capacity: Callable[[], Capacity]
 
     async def generate(
         self, request: inference_pb2.GenerateRequest
@@ -42,9 +53,9 @@ class Validator:
         if request.service_class not in types_pb2.ServiceClass.values():
             raise InvalidArgumentError("unknown value", field="service_class")
         prompts.check_slo(request.slo)
-        work = await self._prompt(request, request.WhichOneof("prompt"), "")
+        service_class = request.service_class or types_pb2.SERVICE_CLASS_LATENCY_SENSITIVE
+        work = await self._prompt(request, request.WhichOneof("prompt"), "", service_class)
         work.request_id = request.request_id
-        work.service_class = request.service_class or types_pb2.SERVICE_CLASS_LATENCY_SENSITIVE
         if work.service_class == types_pb2.SERVICE_CLASS_LATENCY_SENSITIVE:
             work.slo.ttft_ms = request.slo.ttft_ms or self.settings.slo_ttft_ms
             work.slo.tpot_ms = request.slo.tpot_ms or self.settings.slo_tpot_ms
@@ -71,20 +82,34 @@ class Validator:
                     field=f"items[{index}].custom_id",
                 )
             names.add(name)
-            work = await self._prompt(item, item.WhichOneof("prompt"), f"items[{index}].")
+            work = await self._prompt(
+                item,
+                item.WhichOneof("prompt"),
+                f"items[{index}].",
+                types_pb2.SERVICE_CLASS_BEST_EFFORT,
+            )
             work.request_id = f"{JOB_PREFIX}{job_id}:{index}"
-            work.service_class = types_pb2.SERVICE_CLASS_BEST_EFFORT
             items.append((name, work))
             await asyncio.sleep(0)  # thousands of short texts must not hold up the streams
         return items
 
     async def _prompt(
-        self, request: prompts.Prompted, kind: str | None, prefix: str
+        self,
+        request: prompts.Prompted,
+        kind: str | None,
+        prefix: str,
+        service_class: types_pb2.ServiceClass,
     ) -> WorkerServiceGenerateRequest:
-        context_tokens = self.context_tokens()
+        capacity = self.capacity()
+        best_effort = service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
+        tokens_max = capacity.context_tokens if best_effort else capacity.ls_tokens_max
         sampling = prompts.resolve_sampling(
-            request.sampling, self.settings.default_max_tokens, context_tokens, prefix
+            request.sampling, self.settings.default_max_tokens, tokens_max, prefix
         )
         ids = await prompts.encode_prompt(request, kind, self.tokenizer, prefix)
-        prompts.check_context(len(ids), sampling.max_tokens, context_tokens, f"{prefix}{kind}")
-        return WorkerServiceGenerateRequest(prompt_token_ids=ids, sampling=sampling)
+        prompts.check_context(len(ids), sampling.max_tokens, tokens_max, f"{prefix}{kind}")
+        if best_effort:
+            prompts.check_prompt(len(ids), capacity.be_prompt_tokens_max, f"{prefix}{kind}")
+        return WorkerServiceGenerateRequest(
+            prompt_token_ids=ids, sampling=sampling, service_class=service_class
+        )

@@ -161,7 +161,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             attention_servers=self._server_stats(),
         )
         return worker_pb2.GetWorkerStatusResponse(
-            status=status, context_tokens=ready.context_tokens, dtype=settings.dtype
+            status=status,
+            context_tokens=ready.context_tokens,
+            dtype=settings.dtype,
+            ls_tokens_max=ready.ls_tokens_max,
+            be_prompt_tokens_max=ready.be_prompt_tokens_max,
         )
 
     # --- internals -----------------------------------------------------------------------
