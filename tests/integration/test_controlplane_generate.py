@@ -118,6 +118,16 @@ BAD_REQUESTS = [
         ContextLengthExceededError,
         "token_ids",
     ),
+    (
+        ask(sampling=types_pb2.SamplingParams(max_tokens=6001)),  # over an LS request's device KV
+        ContextLengthExceededError,
+        "sampling.max_tokens",
+    ),
+    (
+        ask(text="word " * 3100, service_class=types_pb2.SERVICE_CLASS_BEST_EFFORT),
+        ContextLengthExceededError,
+        "text",
+    ),
     (ask(text="word " * 8200), ContextLengthExceededError, "text"),
     (ask(text="w" * 1_000_000), ContextLengthExceededError, "text"),
     (ask(request_id="no spaces"), InvalidArgumentError, "request_id"),

@@ -132,7 +132,11 @@ class StandinWorker(worker_pb2_grpc.WorkerServiceServicer):
             telemetry=telemetry,
         )
         return worker_pb2.GetWorkerStatusResponse(
-            status=status, context_tokens=8192, dtype="float32"
+            status=status,
+            context_tokens=8192,
+            dtype="float32",
+            ls_tokens_max=6000,
+            be_prompt_tokens_max=3000,
         )
 
     async def GetWorkerStatus(  # noqa: N802
