@@ -162,6 +162,7 @@ class Lifecycle:
             if parked:
                 self.parking.evict(request)
             self.host.forget(request)
+            request.leaving = False  # nobody can take it now
             if parked or not request.in_cohort:
                 self._requeue(request)
         self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
@@ -219,7 +220,7 @@ class Lifecycle:
         for request in [*self.state.be_device, *self.state.be_host]:
             if self._random.random() >= self._move_chance:
                 continue
-            if request.place is Place.DEVICE:
+            if request.place is Place.DEVICE and request.server >= 0:
                 request.leaving = True
             elif self._may_promote(request):
                 self._promote(request)

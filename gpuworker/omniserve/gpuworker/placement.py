@@ -52,7 +52,7 @@ def decide(state: EngineState, host: HostView, placement: Placement) -> Moves:
     free, be_blocks = state.blocks_free, state.be_blocks
     resident = [r for r in reversed(state.be_device) if r.place is Place.DEVICE]  # newest first
     if placement == "host":
-        moves.leave.extend(r for r in resident if not r.leaving)
+        moves.leave.extend(r for r in resident if r.server >= 0 and not r.leaving)
 
     def demote(request: Request) -> None:
         nonlocal free, be_blocks
