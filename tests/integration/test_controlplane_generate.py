@@ -114,7 +114,7 @@ BAD_REQUESTS = [
         "sampling.max_tokens",
     ),
     (
-        ask(sampling=types_pb2.SamplingParams(max_tokens=8190)),
+        ask(sampling=types_pb2.SamplingParams(max_tokens=5999)),
         ContextLengthExceededError,
         "token_ids",
     ),
