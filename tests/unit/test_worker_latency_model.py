@@ -1,0 +1,94 @@
+"""The latency model's arithmetic, on a made-up profile."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.engine_states import LAYERS, PROFILE
+
+from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.latency import LatencyProfile
+
+rows = st.integers(0, 600)
+loads = st.builds(Load, rows, rows, rows, st.integers(0, 10_000), st.integers(0, 10_000))
+
+
+@pytest.fixture
+def model() -> LatencyModel:
+    return LatencyModel(PROFILE, LAYERS)
+
+
+def test_a_measured_row_count_costs_what_was_measured(model: LatencyModel) -> None:
+    for rows, middle_ns in zip(PROFILE.rows, PROFILE.middle_stage_ns, strict=True):
+        assert model.stage_ns(1, rows) == middle_ns
+
+
+def test_between_measured_row_counts_cost_is_interpolated(model: LatencyModel) -> None:
+    (low, high), (low_ns, high_ns) = PROFILE.rows[1:3], PROFILE.middle_stage_ns[1:3]
+    assert model.stage_ns(1, (low + high) // 2) == pytest.approx((low_ns + high_ns) / 2)
+
+
+def test_beyond_the_profile_cost_grows_with_rows(model: LatencyModel) -> None:
+    last, last_ns = PROFILE.rows[-1], PROFILE.middle_stage_ns[-1]
+    assert model.stage_ns(1, 3 * last) == pytest.approx(3 * last_ns)
+
+
+def test_nothing_costs_nothing(model: LatencyModel) -> None:
+    assert model.pass_ns(Load()) == 0.0
+    assert all(model.stage_ns(stage, 0) == 0.0 for stage in range(LAYERS + 1))
+
+
+def test_a_pass_is_the_sum_of_its_stages_and_its_attention(model: LatencyModel) -> None:
+    load = Load.decode(100) + Load.prefill(10, 3, last=False)
+    dense = (
+        PROFILE.first_stage_ns[2]  # four rows
+        + (LAYERS - 1) * PROFILE.middle_stage_ns[2]
+        + PROFILE.last_stage_ns[0]  # only the decode row is sampled
+    )
+    attention = PROFILE.attend_row_ns + 100 * PROFILE.attend_kv_token_ns
+    attention += (3 * (2 * 10 + 3) // 2) * PROFILE.attend_pair_ns
+    assert model.pass_ns(load) == pytest.approx(dense + LAYERS * attention)
+
+
+@given(load=loads, more=loads, boarded=st.integers(0, 64))
+def test_more_work_never_costs_less_on_a_monotone_profile(
+    load: Load, more: Load, boarded: int
+) -> None:
+    model = LatencyModel(PROFILE, LAYERS)
+    assert model.pass_ns(load) <= model.pass_ns(load + more)
+    assert model.pass_ns(load) <= model.pass_ns(load, boarded)
+
+
+def test_the_correction_converges_to_a_machine_that_is_slower_than_measured(
+    model: LatencyModel,
+) -> None:
+    load = Load.decode(50)
+    truth = 1.5 * model.pass_ns(load)
+    for _ in range(200):
+        model.observe(model.pass_ns(load), truth)
+    assert model.pass_ns(load) == pytest.approx(truth, rel=0.01)
+
+
+@given(measured=st.lists(st.sampled_from([1e-9, 1.0, 1e18, math.inf]), max_size=5))
+def test_outliers_move_little(measured: list[float]) -> None:
+    model = LatencyModel(PROFILE, LAYERS)
+    for measured_ns in measured:
+        before = model.correction
+        model.observe(1e6, measured_ns)
+        assert before * 0.95 <= model.correction <= before * 1.11
+
+
+@pytest.mark.parametrize(("predicted", "measured"), [(0.0, 1e6), (1e6, 0.0), (1e6, -5.0)])
+def test_nonsense_moves_nothing(model: LatencyModel, predicted: float, measured: float) -> None:
+    model.observe(predicted, measured)
+    assert model.correction == 1.0
+
+
+def test_a_profile_survives_json() -> None:
+    assert LatencyProfile.from_json(PROFILE.to_json()) == PROFILE
+    for broken in ("{}", "[]", "nonsense", '{"rows": 3}'):
+        with pytest.raises(ValueError, match=r".+"):
+            LatencyProfile.from_json(broken)
