@@ -23,7 +23,8 @@ MAX_TOKENS = 64
 NEAR_TIE = 1e-4
 """In logits, which spread over about 40."""
 CHUNKS = {"prefill-chunk-tokens-max": 128}
-"""The longest prompts take eight prefill chunks."""
+"""The longest prompts take ten prefill chunks."""
+pytestmark = pytest.mark.timeout(900)
 
 
 class Reference:

@@ -43,15 +43,15 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def wait_for(what: str, probe: Callable[[], _T | None]) -> _T:
-    """Returns the first true value of `probe`; fails after WAIT_S."""
-    deadline_s = time.monotonic() + WAIT_S
+def wait_for(what: str, probe: Callable[[], _T | None], patience_s: float = WAIT_S) -> _T:
+    """Returns the first true value of `probe`; fails after `patience_s`."""
+    deadline_s = time.monotonic() + patience_s
     while time.monotonic() < deadline_s:
         value = probe()
         if value:
             return value
         time.sleep(0.05)
-    raise AssertionError(f"waited {WAIT_S:.0f} s for: {what}")
+    raise AssertionError(f"waited {patience_s:.0f} s for: {what}")
 
 
 @dataclass

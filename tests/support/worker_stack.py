@@ -33,6 +33,8 @@ MODEL = layout.Geometry(
     slots=64 + 2048,
 )
 """What a worker of the test model asks of an attention server (float32 is the larger)."""
+START_S = 180.0
+"""How long a worker may take to load and to profile its device on a busy host."""
 ARENA_BYTES = layout.arena_bytes(MODEL, MODEL.max_pages_per_sequence + 64)
 
 
@@ -129,7 +131,7 @@ class WorkerStack:
             self.worker = self._start("omniserve.gpuworker", flags | dict(worker_flags), "worker")
             self.channel = grpc.insecure_channel(self.worker.address)
             self.stub = worker_pb2_grpc.WorkerServiceStub(self.channel)
-            wait_for("a serving worker", self.is_serving)
+            wait_for("a serving worker", self.is_serving, START_S)
         except BaseException:
             self._show_logs()
             self.close()
