@@ -166,6 +166,7 @@ def start_up(wanted: StackSettings) -> tuple[subprocess.Popen[str], list[int]]:
 def test_a_signal_stops_all_of_up_cleanly(make: Make, number: signal.Signals) -> None:
     wanted = make()
     up, pids = start_up(wanted)
+    time.sleep(1.0)  # it has said that it is ready; by now it waits for its end
     up.send_signal(number)
     assert up.wait(WAIT_S) == 0
     assert survivors(pids) == []

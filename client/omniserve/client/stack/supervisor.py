@@ -59,6 +59,9 @@ class Stack:
         self.settings = settings
         self._stopping = threading.Event()
         self._ready = threading.Event()
+        # Waited for instead of the thread: a join() that Ctrl-C interrupts makes Python 3.11 take
+        # a running thread for an ended one.
+        self._ended = threading.Event()
         self._failure: Exception | None = None
         self._plan: StackPlan | None = None
         self._tiers: list[list[ManagedProcess]] = []
@@ -90,19 +93,18 @@ class Stack:
             self.stop()
             raise
         if self._failure is not None:
-            self._thread.join()
+            self._ended.wait()
             raise self._failure
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Waits until the stack has ended by itself; False if it has not within `timeout_s`."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        return self._ended.wait(timeout_s)
 
     def stop(self) -> None:
         """Stops all processes in order and removes what they shared. Repeating is harmless."""
         self._stopping.set()
-        if self._thread.is_alive():
-            self._thread.join()
+        if self._thread.ident is not None:  # was started
+            self._ended.wait()
 
     def __enter__(self) -> Stack:
         self.start()
@@ -123,6 +125,7 @@ class Stack:
             self._failure = error
         finally:
             self._ready.set()
+            self._ended.set()
 
     def _serve(self) -> None:
         settings = self.settings
