@@ -58,5 +58,7 @@ def exit_on_error(process: str) -> Iterator[None]:
     try:
         yield
     except OmniServeError as error:
-        print(f"{process}: {error.reason}: {error.message}", file=sys.stderr, flush=True)
+        named = error.field and not error.message.startswith(error.field)
+        cause = f"{error.field}: {error.message}" if named else error.message
+        print(f"{process}: {error.reason}: {cause}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, SettingsError) else 1)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class ServiceClass(str, Enum):
+class ServiceClass(StrEnum):
     """How a request is treated when work competes."""
 
     LATENCY_SENSITIVE = "latency_sensitive"
@@ -16,7 +16,7 @@ class ServiceClass(str, Enum):
     """No deadline; only throughput counts."""
 
 
-class FinishReason(str, Enum):
+class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"
@@ -31,7 +31,7 @@ class FinishReason(str, Enum):
     """The server is newer than this client."""
 
 
-class JobState(str, Enum):
+class JobState(StrEnum):
     """Where a job stands."""
 
     RUNNING = "running"

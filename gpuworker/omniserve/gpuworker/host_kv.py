@@ -26,6 +26,8 @@ class HostKv:
         """Ended here, but transfers are out: FREE follows when they are answered."""
         self._freeing: set[tuple[int, int]] = set()
         """(server, sequence) whose FREE is not answered yet."""
+        self.refused: list[tuple[Request, int]] = []
+        """Requests of which a server refused a transfer, with the status; for who ends them."""
 
     def attach(self, index: int, link: WorkerLink, pages: int) -> None:
         """Takes a server into use; one of the same index, whose arena is lost, goes."""
@@ -79,7 +81,8 @@ class HostKv:
             return slots, statuses
         transfers = slots >= server.sequences_max
         if transfers.any():
-            self._mirrors[server.index].answered(slots[transfers], statuses[transfers])
+            mirror = self._mirrors[server.index]
+            self.refused += mirror.answered(slots[transfers], statuses[transfers])
             self._settle()
         slots, statuses = slots[~transfers], statuses[~transfers]
         freed = np.array([(server.index, s) in self._freeing for s in slots.tolist()], dtype=bool)

@@ -60,7 +60,7 @@ class Lifecycle:
         self._eos = frozenset(config.eos_token_ids)
         self._outbox = outbox
         self._requests: dict[str, Request] = {}
-        self._cancelled: list[Request] = []
+        self._doomed: list[Request] = []
         self._move_chance = settings.fault_moves_per_pass
         self._random = random.Random(settings.fault_seed)
 
@@ -75,9 +75,8 @@ class Lifecycle:
     def cancel(self, request_id: str) -> None:
         """Ends a request as soon as none of its rows is on its way."""
         request = self._requests.get(request_id)
-        if request is not None and not request.cancelled:
-            request.cancelled = True
-            self._cancelled.append(request)
+        if request is not None:
+            self._doom(request)
 
     def accept(self, request: Request, token: int, path: Path, now_ns: int) -> None:
         """Takes the sampled `token`; ends the request if it is its last."""
@@ -130,8 +129,8 @@ class Lifecycle:
         self.blocks.give_back(request.blocks)
         self.host.release(request)
         request.place = Place.ENDED
-        if request.cancelled:
-            self._cancelled.remove(request)
+        if request.doomed:
+            self._doomed.remove(request)
         del self._requests[request.request_id]
         self._outbox.ended(request.request_id, reason, error)
 
@@ -144,11 +143,17 @@ class Lifecycle:
         device = request.place in (Place.PREFILLING, Place.DEVICE)
         return state.be_device if device else state.be_host
 
+    def _doom(self, request: Request, error: str = "") -> None:
+        if not request.doomed and request.place is not Place.ENDED:
+            request.doomed, request.error = True, error
+            self._doomed.append(request)
+
     def _reap(self) -> None:
-        for request in list(self._cancelled):
+        for request in list(self._doomed):
             away = request.row >= 0 and self.parking.is_away(request.row)
             if not request.in_cohort and not away:
-                self._end(request, types_pb2.FINISH_REASON_CANCELLED)
+                failed, cancelled = types_pb2.FINISH_REASON_ERROR, types_pb2.FINISH_REASON_CANCELLED
+                self._end(request, failed if request.error else cancelled, request.error)
 
     # --- servers -------------------------------------------------------------------------
 
@@ -168,17 +173,20 @@ class Lifecycle:
         self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
 
     def take_answers(self) -> None:
-        """Takes what the servers have answered since; never blocks."""
+        """Takes what the servers have answered since; never blocks.
+
+        A refused message ends its request and nothing else.
+        """
         for server in self.host.servers:
             sequences, statuses = self.host.poll(server)
-            if not len(sequences):
-                continue
             rows = self.parking.answered(server.index, sequences)
             for row, status in zip(rows, statuses.tolist(), strict=True):
                 request = self.parking.requests[row]
                 if status != STATUS_OK and request is not None:
-                    message = f"attention server {server.index} refused a row: status {status}"
-                    self._end(request, types_pb2.FINISH_REASON_ERROR, message)
+                    self._doom(request, f"attention refused by its server: status {status}")
+        for request, status in self.host.refused:
+            self._doom(request, f"KV transfer refused by its server: status {status}")
+        self.host.refused.clear()
         self._reap()
 
     # --- moves ---------------------------------------------------------------------------

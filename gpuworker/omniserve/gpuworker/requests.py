@@ -51,7 +51,10 @@ class Request:
     """Member of a cohort that is on its way through the stages."""
     leaving: bool = False
     """Decodes no further on the device: it is demoted as soon as its last token is mirrored."""
-    cancelled: bool = False
+    doomed: bool = False
+    """Cancelled or failed: it ends as soon as none of its rows is on its way."""
+    error: str = ""
+    """Why it failed; empty if it was cancelled."""
     first_token_ns: int = 0
     last_token_ns: int = 0
 

@@ -52,11 +52,16 @@ class Mirror:
             self._send(KIND_RESTORE, request, layers, positions, slots)
             request.restored += tokens
 
-    def answered(self, slots: Ints, statuses: npt.NDArray[np.uint8]) -> None:
-        """Takes completed transfers: restored rows go into the request's device pages."""
-        if (statuses != STATUS_OK).any():
-            bad = statuses[statuses != STATUS_OK][0]
-            raise RuntimeError(f"server {self._server.index} refused a transfer: status {bad}")
+    def answered(self, slots: Ints, statuses: npt.NDArray[np.uint8]) -> list[tuple[Request, int]]:
+        """Takes completed transfers: restored rows go into the request's device pages.
+
+        Returns the requests of which a transfer was refused, with the status.
+        """
+        refused = [
+            (owner, int(status))
+            for slot, status in zip(slots.tolist(), statuses.tolist(), strict=True)
+            if status != STATUS_OK and (owner := self._owner[slot]) is not None
+        ]
         restored = slots[self._kind[slots] == KIND_RESTORE]
         for request in {id(r): r for r in (self._owner[s] for s in restored) if r}.values():
             rows = restored[[self._owner[s] is request for s in restored]]
@@ -70,6 +75,7 @@ class Mirror:
             owner.transfers -= 1
             self._owner[slot] = None
         self._server.transfer_slots_free.extend(slots.tolist())
+        return refused
 
     def _affordable(self, tokens: int) -> int:
         return min(tokens, len(self._server.transfer_slots_free) // self._layers)
