@@ -23,7 +23,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from omniserve import keys
 from omniserve.attnkernel import Bell
-from omniserve.errors import OmniServeError
+from omniserve.errors import NoWorkerError, OmniServeError
 from omniserve.gpuworker import engine_process
 from omniserve.gpuworker.attachments import Attachments
 from omniserve.gpuworker.channel import FrontChannel
@@ -163,7 +163,7 @@ class Worker:
             await self._health.set(service, value)
 
     async def _stop_engine(self) -> None:
-        if self._engine.is_alive():
+        with contextlib.suppress(NoWorkerError):
             await self._channel.send(engine_pb2.EngineCommand(shutdown=engine_pb2.Shutdown()))
         await asyncio.to_thread(self._engine.join, 5.0)
         if self._engine.is_alive():

@@ -10,6 +10,7 @@ import zmq
 import zmq.asyncio
 
 from omniserve.attnkernel import Bell
+from omniserve.errors import NoWorkerError
 from omniserve.internal.v1 import engine_pb2
 
 
@@ -48,7 +49,12 @@ class FrontChannel:
         self._socket.bind(endpoint)
 
     async def send(self, command: engine_pb2.EngineCommand) -> None:
-        await self._socket.send(command.SerializeToString())
+        """Raises NoWorkerError if there is no engine at the other end: it could be waited for
+        for ever."""
+        try:
+            await self._socket.send(command.SerializeToString(), zmq.NOBLOCK)
+        except zmq.Again as error:
+            raise NoWorkerError("the engine is not running", retry_after_s=1.0) from error
         self._bell.ring()
 
     async def receive(self) -> engine_pb2.EngineEvent:

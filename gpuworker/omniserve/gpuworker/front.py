@@ -120,12 +120,15 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     async def Cancel(  # noqa: N802
         self,
         request: worker_pb2.WorkerServiceCancelRequest,
-        context: Context,  # noqa: ARG002
+        context: Context,
     ) -> worker_pb2.WorkerServiceCancelResponse:
         log = self._logs.get(request.request_id)
         known = log is not None and not log.ended
         if known:
-            await self._channel.send(engine_pb2.EngineCommand(cancel=request.request_id))
+            try:
+                await self._channel.send(engine_pb2.EngineCommand(cancel=request.request_id))
+            except NoWorkerError as error:
+                await abort_aio(context, error)
         return worker_pb2.WorkerServiceCancelResponse(cancelled=known)
 
     async def SetLimits(  # noqa: N802
@@ -138,7 +141,10 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
                     context,
                     InvalidArgumentError(f"{field} must be 0 to 1", field=f"limits.{field}"),
                 )
-        await self._channel.send(engine_pb2.EngineCommand(limits=limits))
+        try:
+            await self._channel.send(engine_pb2.EngineCommand(limits=limits))
+        except NoWorkerError as error:
+            await abort_aio(context, error)
         return worker_pb2.SetLimitsResponse()
 
     async def GetWorkerStatus(  # noqa: N802
@@ -189,7 +195,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             raise NoWorkerError("worker is starting", retry_after_s=1.0)
         self._check(request, self._ready.result())
         log = self._logs[request.request_id] = RequestLog(request.request_id)
-        await self._channel.send(engine_pb2.EngineCommand(submit=request))
+        try:
+            await self._channel.send(engine_pb2.EngineCommand(submit=request))
+        except NoWorkerError:
+            del self._logs[request.request_id]
+            raise
         return log
 
     def _check(
