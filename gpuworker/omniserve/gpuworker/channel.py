@@ -37,6 +37,8 @@ class EngineChannel:
 
     def close(self) -> None:
         self._socket.close(linger=1000)
+        # The process ends without cleaning up: wait until what was sent has left it.
+        zmq.Context.instance().term()
 
 
 class FrontChannel:

@@ -15,7 +15,8 @@ def uniform(seed: int, position: int) -> float:
 
     A counter-based generator: no state, so neither batch, process nor path can change a draw.
     """
-    return float(np.random.Generator(np.random.Philox(key=[seed, position])).random())
+    key = np.array([seed, position], dtype=np.uint64)  # a list of large ints would become floats
+    return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
 def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
