@@ -97,9 +97,10 @@ class Worker:
     async def _until_ready(self, stop: asyncio.Event) -> None:
         ready = asyncio.ensure_future(self._front.ready())
         while not ready.done() and not stop.is_set():
-            if not self._engine.is_alive() and self._engine.exitcode:
+            alive = self._engine.is_alive()
+            await asyncio.wait([ready], timeout=0.2)  # what a dead one said arrives by then
+            if not alive and not ready.done():
                 raise OmniServeError(f"the engine ended with status {self._engine.exitcode}")
-            await asyncio.wait([ready], timeout=0.2)
         if not ready.done():
             ready.cancel()
             return

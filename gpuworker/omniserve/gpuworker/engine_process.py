@@ -27,7 +27,9 @@ _PR_SET_PDEATHSIG = 1
 def run(settings: WorkerSettings, endpoint: str, bell_path: str) -> None:
     """Runs an engine until told to stop. Start errors go to the front as `EngineFailed`."""
     _die_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the front says when to stop
+    # The front says when to stop, also where a signal goes to the whole process group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     channel = EngineChannel(endpoint)
     try:
         engine = _start(settings, channel, bell_path)
