@@ -70,7 +70,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="of each kind (default 5)")
     parser.add_argument("--tokens", type=int, default=200, help="LS tokens a round (default 200)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16")
-    parser.add_argument("--threads", type=int, default=1, help="of the worker (default 1)")
+    parser.add_argument("--threads", type=int, default=2, help="of the worker (default 2)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
     return parser.parse_args()
 

@@ -158,19 +158,28 @@ class Lifecycle:
     # --- servers -------------------------------------------------------------------------
 
     def attach(self, index: int, segment: attention_pb2.AttachResponse) -> None:
-        """Maps a server's segment; if the server lost its arena, its requests start over."""
+        """Maps a server's segment.
+
+        If the server lost its arena, requests that were parked there start over, and those on the
+        device are mirrored anew.
+        """
         server = self.host.server(index)
         if server is not None and server.link.segment_id == segment.segment_id:
             return
-        for request in [r for r in self._requests.values() if r.server == index]:
+        lost = [r for r in self._requests.values() if r.server == index]
+        for request in lost:
             parked = request.row >= 0
             if parked:
                 self.parking.evict(request)
             self.host.forget(request)
-            request.leaving = False  # nobody can take it now
-            if parked or not request.in_cohort:
+            if parked:
                 self._requeue(request)
         self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
+        for request in lost:
+            if request.place is not Place.WAITING:
+                request.leaving = False  # decodes on here until it is mirrored
+                if self.host.can_reserve(request):
+                    self.host.reserve(request)
 
     def take_answers(self) -> None:
         """Takes what the servers have answered since; never blocks.
