@@ -61,7 +61,7 @@ class CpuAttnSettings(BaseSettings):
 def load_settings(arguments: list[str]) -> CpuAttnSettings:
     """Reads flags and the environment. Raises SettingsError that names the setting."""
     try:
-        return CpuAttnSettings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+        return CpuAttnSettings(_cli_parse_args=arguments, _cli_exit_on_error=False)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])

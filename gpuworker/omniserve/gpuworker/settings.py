@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings.exceptions import SettingsError as SourceError
 
 from omniserve.errors import SettingsError
 
@@ -77,8 +78,10 @@ class WorkerSettings(BaseSettings):
 def load_settings(arguments: list[str]) -> WorkerSettings:
     """Reads flags and environment. Raises SettingsError naming the setting."""
     try:
-        return WorkerSettings(_cli_parse_args=arguments)  # type: ignore[call-arg]
+        return WorkerSettings(_cli_parse_args=arguments, _cli_exit_on_error=False)  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         raise SettingsError(f"{name}: {first['msg']}", field=name) from error
+    except SourceError as error:
+        raise SettingsError(str(error)) from error

@@ -32,12 +32,19 @@ class GgufModel:
         self._check_complete()
         self.config = self._read_config()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Returns tensor `name` as float32, [out, in] for matrices."""
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """Returns tensor `name` as float32, [out, in] for matrices.
+
+        Raises ModelFileError if it is missing or not of `shape`.
+        """
         entry = self._tensors.get(name)
         if entry is None:
             raise ModelFileError(f"{self._path}: tensor {name} is missing")
-        shape = tuple(int(n) for n in reversed(entry.shape))
+        found = tuple(int(n) for n in reversed(entry.shape))
+        if found != shape:
+            raise ModelFileError(
+                f"{self._path}: tensor {name} has shape {found} where the metadata says {shape}"
+            )
         values = dequantize(entry.data, entry.tensor_type).astype(np.float32, copy=False)
         return torch.from_numpy(np.array(values).reshape(shape))
 
@@ -58,7 +65,10 @@ class GgufModel:
         field = self._reader.get_field(key)
         if field is None:
             raise ModelFileError(f"{self._path}: metadata field {key} is missing")
-        return field.contents()
+        try:
+            return field.contents()
+        except (ValueError, IndexError) as error:  # among them UnicodeDecodeError
+            raise ModelFileError(f"{self._path}: metadata field {key}: {error}") from error
 
     def _read_config(self) -> ModelConfig:
         architecture = self._field("general.architecture")
@@ -68,6 +78,8 @@ class GgufModel:
             )
         heads = int(self._field("llama.attention.head_count"))
         hidden = int(self._field("llama.embedding_length"))
+        if heads == 0 or hidden % heads:
+            raise ModelFileError(f"{self._path}: {heads} heads do not divide {hidden} elements")
         return ModelConfig(
             layers=int(self._field("llama.block_count")),
             hidden=hidden,

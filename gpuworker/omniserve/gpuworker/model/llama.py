@@ -33,32 +33,43 @@ class LlamaWeights:
 
 
 def load_llama(model: GgufModel, dtype: torch.dtype) -> LlamaWeights:
-    """Loads all weights as `dtype`. Raises ModelFileError if a tensor is missing."""
+    """Loads all weights as `dtype`. Raises ModelFileError if a tensor is missing or misshapen."""
     config = model.config
+    hidden, intermediate = config.hidden, config.intermediate
 
-    def get(name: str) -> torch.Tensor:
-        return model.tensor(name).to(dtype)
+    def get(name: str, *shape: int) -> torch.Tensor:
+        return model.tensor(name, *shape).to(dtype)
 
     def layer(index: int) -> LayerWeights:
         name = f"blk.{index}."
-        q = _rotate_halves(get(name + "attn_q.weight"), config.heads, config)
-        k = _rotate_halves(get(name + "attn_k.weight"), config.kv_heads, config)
-        gate, up = get(name + "ffn_gate.weight"), get(name + "ffn_up.weight")
+        q = get(name + "attn_q.weight", config.q_size, hidden)
+        k = get(name + "attn_k.weight", config.kv_size, hidden)
+        v = get(name + "attn_v.weight", config.kv_size, hidden)
+        gate = get(name + "ffn_gate.weight", intermediate, hidden)
+        up = get(name + "ffn_up.weight", intermediate, hidden)
         return LayerWeights(
-            attention_norm=get(name + "attn_norm.weight"),
-            qkv=torch.cat([q, k, get(name + "attn_v.weight")]),
-            attention_out=get(name + "attn_output.weight"),
-            mlp_norm=get(name + "ffn_norm.weight"),
+            attention_norm=get(name + "attn_norm.weight", hidden),
+            qkv=torch.cat(
+                [
+                    _rotate_halves(q, config.heads, config),
+                    _rotate_halves(k, config.kv_heads, config),
+                    v,
+                ]
+            ),
+            attention_out=get(name + "attn_output.weight", hidden, config.q_size),
+            mlp_norm=get(name + "ffn_norm.weight", hidden),
             gate_up=torch.cat([gate, up]),
-            down=get(name + "ffn_down.weight"),
+            down=get(name + "ffn_down.weight", hidden, intermediate),
         )
 
-    embedding = get("token_embd.weight")
+    embedding = get("token_embd.weight", config.vocabulary, hidden)
     return LlamaWeights(
         embedding=embedding,
         layers=tuple(layer(index) for index in range(config.layers)),
-        final_norm=get("output_norm.weight"),
-        head=get("output.weight") if model.has("output.weight") else embedding,
+        final_norm=get("output_norm.weight", hidden),
+        head=get("output.weight", config.vocabulary, hidden)
+        if model.has("output.weight")
+        else embedding,
     )
 
 
