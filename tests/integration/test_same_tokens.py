@@ -130,3 +130,15 @@ def test_late_and_reordered_answers_change_no_token(reference: Reference) -> Non
     with WorkerStack(server_flags={"fault-delay-ms": 20}, worker_flags=host | CHUNKS) as stack:
         reference.check("delays", run(stack, best_effort=True))
         assert stack.telemetry().ring_waits == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, 3])
+def test_moves_between_servers_that_answer_late_change_no_token(
+    reference: Reference, seed: int
+) -> None:
+    late = {"fault-delay-ms": 20, "fault-seed": seed}
+    moves = {"fault-moves-per-pass": 0.1, "fault-seed": seed}
+    with WorkerStack(server_flags=late, worker_flags=moves | CHUNKS) as stack:
+        reference.check(f"late moves {seed}", run(stack, best_effort=True))
+        assert stack.telemetry().ring_waits == 0
