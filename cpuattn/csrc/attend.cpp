@@ -6,53 +6,160 @@
 namespace omniserve {
 namespace {
 
-// Below this many query x token x dimension products (about 0.1 ms) a wake-up costs more than
-// it gains.
-constexpr std::uint64_t kWorthSharing = 2u << 20;
+// Below this many query x token x dimension products (about 0.1 ms) waking a sleeping thread costs
+// more than it gains.
+constexpr std::uint64_t kWorthWaking = 4u << 20;
+
+// So that a thread which was kept from running holds up the others for a part of the work only.
+constexpr std::uint32_t kUnitsPerThread = 2;
 
 }  // namespace
 
-void attend(const KvPages& pages, std::uint32_t layer, std::uint32_t heads,
-            const std::vector<Segment>& segments, ThreadPool& pool,
-            std::vector<AttendUnit>& scratch) {
+void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t heads,
+                    const std::vector<Segment>& segments, const AttendOptions& options,
+                    ThreadPool& pool) {
+  units_.clear();
+  join_of_.clear();
+  joins_.clear();
   const shm::Geometry& g = pages.geometry();
-  const std::uint32_t group = heads / g.kv_heads;
-  const std::size_t elem = shm::dtype_bytes(g.dtype);
-  const float scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(g.head_dim)));
-  scratch.clear();
-  std::uint64_t work = 0;
+  std::uint64_t products = 0;
+  std::uint64_t chunks = 0;  // of single rows
   for (const Segment& s : segments) {
-    const std::uint32_t queries = s.rows * group;
-    work += std::uint64_t{queries} * (s.first_position + s.rows) * g.head_dim * g.kv_heads;
-    for (std::uint32_t h = 0; h < g.kv_heads; ++h) {
-      const std::size_t column = std::size_t{h} * group * g.head_dim * elem;
-      AttendUnit unit{};
+    products += std::uint64_t{s.rows} * heads * g.head_dim * (s.first_position + s.rows);
+    if (s.rows == 1) chunks += s.first_position / chunk_tokens(g.page_tokens) + 1;
+  }
+  const bool share = pool.threads() > 1 && (pool.spins() || products >= kWorthWaking);
+  const unsigned threads = share ? pool.threads() : 1;
+  // A page's heads lie side by side: together they are one long read. Cut only to have enough
+  // units for all threads.
+  std::uint32_t unit_heads = std::min(g.kv_heads, kUnitQueries / (heads / g.kv_heads));
+  while (unit_heads > 1 && chunks * (g.kv_heads / unit_heads) < kUnitsPerThread * threads &&
+         threads > 1)
+    unit_heads = (unit_heads + 1) / 2;
+  for (const Segment& s : segments) cut(pages, layer, heads, s, options, unit_heads);
+  place_partials();
+  share_out(threads);
+  const Kernels& k = kernels();
+  const Kernels::Attend attend = k.attend(g.kv_dtype);
+  if (share)
+    pool.run([&] { work(attend, k.merge); });
+  else
+    work(attend, k.merge);
+}
+
+void Attention::cut(const KvPages& pages, std::uint32_t layer, std::uint32_t heads,
+                    const Segment& s, const AttendOptions& options, std::uint32_t unit_heads) {
+  const shm::Geometry& g = pages.geometry();
+  AttendUnit unit{};
+  unit.head_stride = shm::block_bytes(g);
+  unit.page_stride = pages.page_stride();
+  unit.table = s.table;
+  unit.q_stride = s.q_stride;
+  unit.out_stride = s.out_stride;
+  unit.row_dtype = g.dtype;
+  unit.page_tokens = g.page_tokens;
+  unit.head_dim = g.head_dim;
+  unit.group = heads / g.kv_heads;
+  unit.first_position = s.first_position;
+  unit.window = options.window;
+  unit.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(g.head_dim)));
+  unit.softcap = options.softcap;
+
+  const std::uint32_t queries = s.rows * unit.group;
+  const std::uint32_t most = s.rows == 1 ? unit.group : kPromptQueries;
+  for (std::uint32_t first = 0; first < queries; first += most) {
+    unit.first_query = first;
+    unit.queries = std::min(most, queries - first);
+    const std::uint32_t chunk = chunk_tokens(g.page_tokens);
+    const std::uint32_t first_end = s.first_position + first / unit.group + 1;
+    const std::uint32_t last_end = s.first_position + (first + unit.queries - 1) / unit.group + 1;
+    const std::uint32_t seen_from =
+        options.window != 0 && first_end > options.window ? first_end - options.window : 0;
+    unit.first_chunk = seen_from / chunk;
+    unit.last_chunk = (last_end - 1) / chunk;
+    add_units(unit, pages, layer, s, options, s.rows == 1 ? unit_heads : 1);
+  }
+}
+
+void Attention::add_units(AttendUnit unit, const KvPages& pages, std::uint32_t layer,
+                          const Segment& s, const AttendOptions& options,
+                          std::uint32_t unit_heads) {
+  const shm::Geometry& g = pages.geometry();
+  const std::size_t head_bytes = unit.group * g.head_dim * shm::dtype_bytes(g.dtype);
+  const std::uint32_t first_chunk = unit.first_chunk;
+  const std::uint32_t chunks = unit.last_chunk - first_chunk + 1;
+  const bool apart = s.rows == 1 && chunks > 1;
+  const auto first_join = static_cast<std::int32_t>(joins_.size());
+  for (std::uint32_t c = 0; c < (apart ? chunks : 1); ++c) {
+    if (apart) unit.first_chunk = unit.last_chunk = first_chunk + c;
+    std::int32_t join = first_join;
+    for (std::uint32_t h = 0; h < g.kv_heads; h += unit_heads, ++join) {
+      unit.kv_heads = std::min(unit_heads, g.kv_heads - h);
       unit.kv = pages.block(layer, 0, h);
-      unit.page_stride = pages.page_stride();
-      unit.table = s.table;
-      unit.q = static_cast<const std::byte*>(s.q) + column;
-      unit.out = static_cast<std::byte*>(s.out) + column;
-      unit.q_stride = s.q_stride;
-      unit.out_stride = s.out_stride;
-      unit.page_tokens = g.page_tokens;
-      unit.head_dim = g.head_dim;
-      unit.group = group;
-      unit.first_position = s.first_position;
-      unit.scale = scale;
-      for (std::uint32_t first = 0; first < queries; first += kUnitQueries) {
-        unit.first_query = first;
-        unit.queries = std::min(kUnitQueries, queries - first);
-        scratch.push_back(unit);
-      }
+      unit.q = static_cast<const std::byte*>(s.q) + h * head_bytes;
+      unit.out = static_cast<std::byte*>(s.out) + h * head_bytes;
+      unit.sinks = options.sinks != nullptr ? options.sinks + h * unit.group : nullptr;
+      if (apart && c == 0) joins_.push_back({static_cast<std::uint32_t>(units_.size()), chunks, 0});
+      join_of_.push_back(apart ? join : -1);
+      units_.push_back(unit);
     }
   }
-  const AttendFn kernel = attend_kernel(g.dtype);
-  if (work < kWorthSharing) {
-    for (const AttendUnit& unit : scratch) kernel(unit);
-    return;
+}
+
+void Attention::place_partials() {
+  if (joins_.empty()) return;
+  const auto floats_of = [](const AttendUnit& unit) {
+    return std::size_t{unit.kv_heads} * unit.queries * partial_stride(unit.head_dim);
+  };
+  std::size_t floats = 0;
+  for (Join& join : joins_) {
+    join.partials = floats;
+    floats += join.chunks * floats_of(units_[join.first_unit]);
   }
-  pool.run(static_cast<std::uint32_t>(scratch.size()),
-           [&](std::uint32_t i) { kernel(scratch[i]); });
+  if (partials_.size() < floats) partials_.resize(floats);
+  if (left_capacity_ < joins_.size()) {
+    left_capacity_ = 2 * joins_.size();
+    left_ = std::make_unique<std::atomic<std::uint32_t>[]>(left_capacity_);
+  }
+  for (std::size_t j = 0; j < joins_.size(); ++j)
+    left_[j].store(joins_[j].chunks, std::memory_order_relaxed);
+  for (std::size_t i = 0; i < units_.size(); ++i) {
+    if (join_of_[i] < 0) continue;
+    const Join& join = joins_[join_of_[i]];
+    const std::uint32_t chunk = units_[i].first_chunk - units_[join.first_unit].first_chunk;
+    units_[i].partial = partials_.data() + join.partials + chunk * floats_of(units_[i]);
+  }
+}
+
+// Neighbouring units go to one thread, so that it reads on where it stopped.
+void Attention::share_out(unsigned threads) {
+  if (share_count_ != threads) {
+    shares_ = std::make_unique<Share[]>(threads);
+    share_count_ = threads;
+  }
+  const std::size_t count = units_.size();
+  for (unsigned t = 0; t < threads; ++t) {
+    shares_[t].next.store(static_cast<std::uint32_t>(count * t / threads),
+                          std::memory_order_relaxed);
+    shares_[t].end = static_cast<std::uint32_t>(count * (t + 1) / threads);
+  }
+  workers_.store(0, std::memory_order_relaxed);
+}
+
+void Attention::work(Kernels::Attend attend, Kernels::Merge merge) {
+  const std::uint32_t own = workers_.fetch_add(1, std::memory_order_relaxed);
+  for (std::uint32_t i = 0; i < share_count_; ++i)
+    work_on(shares_[(own + i) % share_count_], attend, merge);
+}
+
+void Attention::work_on(Share& share, Kernels::Attend attend, Kernels::Merge merge) {
+  for (std::uint32_t i; (i = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) {
+    attend(units_[i], i + 1 < share.end ? &units_[i + 1] : nullptr);
+    if (join_of_[i] < 0) continue;
+    const auto j = static_cast<std::size_t>(join_of_[i]);
+    if (left_[j].fetch_sub(1, std::memory_order_acq_rel) == 1)
+      merge(units_[joins_[j].first_unit], partials_.data() + joins_[j].partials, joins_[j].chunks);
+  }
 }
 
 }  // namespace omniserve

@@ -8,7 +8,7 @@ namespace {
 nb::dict offsets_of_geometry() {
   nb::dict d;
 #define PUT(field) d[#field] = offsetof(shm::Geometry, field)
-  PUT(layers); PUT(heads); PUT(kv_heads); PUT(head_dim); PUT(dtype); PUT(page_tokens);
+  PUT(layers); PUT(heads); PUT(kv_heads); PUT(head_dim); PUT(dtype); PUT(kv_dtype); PUT(page_tokens);
   PUT(max_sequences); PUT(max_sequence_tokens); PUT(slots); PUT(pages);
 #undef PUT
   d["sizeof"] = sizeof(shm::Geometry);
@@ -18,7 +18,8 @@ nb::dict offsets_of_geometry() {
 nb::dict offsets_of_regions() {
   nb::dict d;
 #define PUT(field) d[#field] = offsetof(shm::Regions, field)
-  PUT(sequence_state); PUT(written_len); PUT(page_table); PUT(request_ring); PUT(low_ring);
+  PUT(sequence_state); PUT(written_len); PUT(page_table); PUT(layer_options);
+  PUT(sinks); PUT(request_ring); PUT(low_ring);
   PUT(response_ring); PUT(slot_headers); PUT(slab); PUT(kv); PUT(end);
 #undef PUT
   d["sizeof"] = sizeof(shm::Regions);
@@ -29,15 +30,15 @@ nb::dict offsets_of_header() {
   nb::dict d;
 #define PUT(field) d[#field] = offsetof(shm::Header, field)
   PUT(magic); PUT(layout_version); PUT(ready); PUT(epoch); PUT(segment_id); PUT(arena_bytes);
-  PUT(geometry); PUT(ring_capacity); PUT(max_pages_per_sequence); PUT(regions); PUT(worker_id);
-  PUT(bell_path); PUT(reserved); PUT(doorbell);
+  PUT(geometry); PUT(ring_capacity); PUT(max_pages_per_sequence); PUT(padding); PUT(regions);
+  PUT(worker_id); PUT(bell_path); PUT(doorbell);
 #undef PUT
   d["sizeof"] = sizeof(shm::Header);
   return d;
 }
 
 nb::dict offsets_of_small_structs() {
-  nb::dict doorbell, ring, slot, all;
+  nb::dict doorbell, ring, slot, options, all;
 #define PUT(d, type, field) d[#field] = offsetof(shm::type, field)
   PUT(doorbell, Doorbell, value); PUT(doorbell, Doorbell, sleeping);
   PUT(doorbell, Doorbell, reserved);
@@ -47,10 +48,13 @@ nb::dict offsets_of_small_structs() {
   PUT(slot, SlotHeader, position); PUT(slot, SlotHeader, request_generation);
   PUT(slot, SlotHeader, status); PUT(slot, SlotHeader, done_generation);
   PUT(slot, SlotHeader, reserved);
+  PUT(options, LayerOptions, window); PUT(options, LayerOptions, softcap);
 #undef PUT
+  options["sizeof"] = sizeof(shm::LayerOptions);
   doorbell["sizeof"] = sizeof(shm::Doorbell);
   ring["sizeof"] = sizeof(shm::RingHeader);
   slot["sizeof"] = sizeof(shm::SlotHeader);
+  all["LayerOptions"] = options;
   all["Doorbell"] = doorbell;
   all["RingHeader"] = ring;
   all["SlotHeader"] = slot;
@@ -71,6 +75,8 @@ nb::dict region_offsets(const shm::Geometry& g) {
   d["sequence_state"] = r.sequence_state;
   d["written_len"] = r.written_len;
   d["page_table"] = r.page_table;
+  d["layer_options"] = r.layer_options;
+  d["sinks"] = r.sinks;
   d["request_ring"] = r.request_ring;
   d["low_ring"] = r.low_ring;
   d["response_ring"] = r.response_ring;
@@ -90,19 +96,22 @@ void bind_layout(nb::module_& m) {
           "__init__",
           [](shm::Geometry* self, std::uint32_t layers, std::uint32_t heads,
              std::uint32_t kv_heads, std::uint32_t head_dim, const std::string& dtype,
-             std::uint32_t page_tokens, std::uint32_t max_sequences,
+             const std::string& kv_dtype, std::uint32_t page_tokens, std::uint32_t max_sequences,
              std::uint32_t max_sequence_tokens, std::uint32_t slots, std::uint32_t pages) {
-            new (self) shm::Geometry{layers,      heads,         kv_heads,
-                                     head_dim,    dtype_code(dtype), page_tokens,
-                                     max_sequences, max_sequence_tokens, slots, pages};
+            new (self) shm::Geometry{
+                layers,      heads,         kv_heads,
+                head_dim,    dtype_code(dtype), dtype_code(kv_dtype),
+                page_tokens, max_sequences, max_sequence_tokens,
+                slots,       pages};
           },
           nb::kw_only(), "layers"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "dtype"_a,
-          "page_tokens"_a, "max_sequences"_a, "max_sequence_tokens"_a, "slots"_a, "pages"_a)
+          "kv_dtype"_a, "page_tokens"_a, "max_sequences"_a, "max_sequence_tokens"_a, "slots"_a, "pages"_a)
       .def_ro("layers", &shm::Geometry::layers)
       .def_ro("heads", &shm::Geometry::heads)
       .def_ro("kv_heads", &shm::Geometry::kv_heads)
       .def_ro("head_dim", &shm::Geometry::head_dim)
       .def_prop_ro("dtype", [](const shm::Geometry& g) { return dtype_name(g.dtype); })
+      .def_prop_ro("kv_dtype", [](const shm::Geometry& g) { return dtype_name(g.kv_dtype); })
       .def_ro("page_tokens", &shm::Geometry::page_tokens)
       .def_ro("max_sequences", &shm::Geometry::max_sequences)
       .def_ro("max_sequence_tokens", &shm::Geometry::max_sequence_tokens)

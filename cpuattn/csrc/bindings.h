@@ -20,15 +20,15 @@ using Int32Table = nb::ndarray<const std::int32_t, nb::ndim<2>, nb::c_contig, nb
 using Matrix = nb::ndarray<nb::ndim<2>, nb::device::cpu>;
 using ConstMatrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::device::cpu>;
 
+constexpr const char* kDtypeNames[] = {"", "float32", "bfloat16", "float16", "int8"};
+
 inline std::uint32_t dtype_code(const std::string& name) {
-  if (name == "float32") return shm::kFloat32;
-  if (name == "bfloat16") return shm::kBfloat16;
-  throw std::invalid_argument("dtype: float32 or bfloat16, not " + name);
+  for (std::uint32_t code = shm::kFloat32; code <= shm::kInt8; ++code)
+    if (name == kDtypeNames[code]) return code;
+  throw std::invalid_argument("dtype: float32, bfloat16, float16 or int8, not " + name);
 }
 
-inline std::string dtype_name(std::uint32_t code) {
-  return code == shm::kBfloat16 ? "bfloat16" : "float32";
-}
+inline std::string dtype_name(std::uint32_t code) { return kDtypeNames[code]; }
 
 inline void require_same_length(std::initializer_list<std::size_t> lengths) {
   for (const std::size_t length : lengths)

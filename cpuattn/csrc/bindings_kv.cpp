@@ -2,21 +2,28 @@
 
 #include "bindings.h"
 #include "dispatch.h"
+#include "floats.h"
 #include "paged_kv.h"
 #include "worker_link.h"
 
 namespace omniserve {
 namespace {
 
-// bfloat16 has no numpy type, so uint16 stands for it there.
+bool is_of(nb::dlpack::dtype t, std::uint32_t dtype) {
+  using Code = nb::dlpack::dtype_code;
+  const auto is = [&](Code code, unsigned bits) {
+    return t.code == static_cast<std::uint8_t>(code) && t.bits == bits;
+  };
+  switch (dtype) {
+    case shm::kBfloat16: return is(Code::Bfloat, 16) || is(Code::UInt, 16);  // unknown to numpy
+    case shm::kFloat16: return is(Code::Float, 16);
+    default: return is(Code::Float, 32);
+  }
+}
+
 template <typename Array>
 Rows rows_of(const Array& array, const PagedKv& kv, const char* name) {
-  const nb::dlpack::dtype t = array.dtype();
-  const bool is_float32 = t == nb::dtype<float>();
-  const bool is_bfloat16 =
-      t.bits == 16 && (t.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::Bfloat) ||
-                       t.code == static_cast<std::uint8_t>(nb::dlpack::dtype_code::UInt));
-  if (kv.geometry().dtype == shm::kBfloat16 ? !is_bfloat16 : !is_float32)
+  if (!is_of(array.dtype(), kv.geometry().dtype))
     throw std::invalid_argument(std::string(name) + ": dtype must be " +
                                 dtype_name(kv.geometry().dtype));
   if (array.shape(0) > 0 && array.shape(1) > 1 && array.stride(1) != 1)
@@ -39,7 +46,8 @@ void append_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& k, const C
 
 void attend_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& q, const Matrix& out,
             const Int32Table& tables, const Int32s& first_row, const Int32s& n_rows,
-            const Int32s& first_position) {
+                 const Int32s& first_position, std::uint32_t window, float softcap,
+                 const std::vector<float>& sinks) {
   const Rows q_rows = rows_of(q, kv, "q");
   const Rows out_rows = rows_of(out, kv, "out");
   require_same_length(
@@ -50,9 +58,13 @@ void attend_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& q, const M
     throw std::invalid_argument("q: columns must be 1 to 16 times kv_heads * head_dim");
   if (out_rows.rows != q_rows.rows || out_rows.columns != q_rows.columns)
     throw std::invalid_argument("out: shape must be that of q");
+  if (!(softcap >= 0)) throw std::invalid_argument("softcap: must not be negative");
+  if (sinks.size() != 0 && sinks.size() * g.head_dim != q_rows.columns)
+    throw std::invalid_argument("sinks: one for each head, or none");
+  const AttendOptions options{window, softcap, sinks.size() != 0 ? sinks.data() : nullptr};
   nb::gil_scoped_release release;
   kv.attend(layer, q_rows, out_rows, tables.data(), tables.shape(1), first_row.data(),
-            n_rows.data(), first_position.data(), tables.shape(0));
+            n_rows.data(), first_position.data(), tables.shape(0), options);
 }
 
 void export_rows(const PagedKv& kv, const WorkerLink& link, const Int32s& layers,
@@ -74,14 +86,13 @@ void import_rows(PagedKv& kv, const WorkerLink& link, const Int32s& layers, cons
 std::vector<float> widen(const std::vector<std::byte>& row, std::uint32_t dtype) {
   std::vector<float> out(row.size() / shm::dtype_bytes(dtype));
   for (std::size_t i = 0; i < out.size(); ++i) {
-    if (dtype == shm::kBfloat16) {
-      std::uint16_t half;
-      std::memcpy(&half, row.data() + 2 * i, 2);
-      const std::uint32_t bits = std::uint32_t{half} << 16;
-      std::memcpy(&out[i], &bits, 4);
-    } else {
-      std::memcpy(&out[i], row.data() + 4 * i, 4);
-    }
+    const auto value = [&](auto x) {
+      std::memcpy(&x, row.data() + i * sizeof x, sizeof x);
+      return to_float(x);
+    };
+    out[i] = dtype == shm::kBfloat16   ? value(Bf16{})
+             : dtype == shm::kFloat16 ? value(F16{})
+                                      : value(float{});
   }
   return out;
 }
@@ -107,15 +118,16 @@ void bind_kv(nb::module_& m) {
           "__init__",
           [](PagedKv* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
              std::uint32_t page_tokens, std::uint32_t pages, const std::string& dtype,
-             unsigned threads) {
+             unsigned threads, const std::string& kv_dtype, std::int64_t spin_us) {
             new (self) PagedKv(layers, kv_heads, head_dim, page_tokens, pages, dtype_code(dtype),
-                               threads);
+                               dtype_code(kv_dtype.empty() ? dtype : kv_dtype), threads, spin_us);
           },
           "layers"_a, "kv_heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a,
-          "dtype"_a = "float32", "threads"_a = 1)
+          "dtype"_a = "float32", "threads"_a = 1, "kv_dtype"_a = "", "spin_us"_a = 0)
       .def("append", &append_rows, "layer"_a, "k"_a, "v"_a, "pages"_a, "offsets"_a)
       .def("attend", &attend_rows, "layer"_a, "q"_a, "out"_a, "tables"_a, "first_row"_a, "n_rows"_a,
-           "first_position"_a)
+           "first_position"_a, "window"_a = 0, "softcap"_a = 0.0f,
+           "sinks"_a = std::vector<float>{})
       .def("export_rows", &export_rows, "link"_a, "layers"_a, "pages"_a, "offsets"_a, "slots"_a)
       .def("import_rows", &import_rows, "link"_a, "layers"_a, "pages"_a, "offsets"_a, "slots"_a)
       .def("read", &read, "layer"_a, "page"_a, "offset"_a);

@@ -24,7 +24,7 @@ nb::object slab(nb::handle_t<WorkerLink> self) {
   const shm::Geometry& g = segment.geometry();
   const std::size_t shape[2] = {g.slots, shm::slot_elems(g)};
   std::byte* data = segment.slab_row(0);
-  if (g.dtype == shm::kBfloat16)
+  if (shm::dtype_bytes(g.dtype) == 2)
     return nb::cast(nb::ndarray<nb::numpy, std::uint16_t, nb::ndim<2>>(data, 2, shape, self));
   return nb::cast(nb::ndarray<nb::numpy, float, nb::ndim<2>>(data, 2, shape, self));
 }

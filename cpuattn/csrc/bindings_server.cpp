@@ -1,7 +1,23 @@
+#include <nanobind/stl/tuple.h>
+
 #include "bindings.h"
 #include "server_loop.h"
 
 namespace omniserve {
+namespace {
+
+using Layer = std::tuple<std::uint32_t, float, std::vector<float>>;  // window, softcap, sinks
+
+void format(ServerLoop& loop, const std::string& worker_id, std::uint64_t epoch,
+            std::uint64_t segment_id, const shm::Geometry& geometry, const std::string& bell_path,
+            const std::vector<Layer>& layers) {
+  std::vector<LayerRules> rules;
+  for (const auto& [window, softcap, sinks] : layers) rules.push_back({{window, softcap}, sinks});
+  nb::gil_scoped_release release;
+  loop.format(worker_id, epoch, segment_id, geometry, bell_path, rules);
+}
+
+}  // namespace
 
 void bind_server(nb::module_& m) {
   using namespace nb::literals;
@@ -24,8 +40,8 @@ void bind_server(nb::module_& m) {
       .def_prop_ro("segment_id", [](const ServerLoop& l) { return l.header().segment_id; })
       .def_prop_ro("geometry", [](const ServerLoop& l) { return l.header().geometry; })
       .def_prop_ro("progress", &ServerLoop::progress)
-      .def("format", &ServerLoop::format, Release(), "worker_id"_a, "epoch"_a, "segment_id"_a,
-           "geometry"_a, "bell_path"_a)
+      .def("format", &format, "worker_id"_a, "epoch"_a, "segment_id"_a, "geometry"_a,
+           "bell_path"_a, "layers"_a = std::vector<Layer>{})
       .def("rebell", &ServerLoop::rebell, Release(), "bell_path"_a)
       .def("drain", &ServerLoop::drain, Release(), "timeout_ms"_a)
       .def("stop", &ServerLoop::stop, Release())

@@ -6,7 +6,7 @@
 
 namespace omniserve {
 
-// Instruction set of the kernel in use: "x86-64-v4", "x86-64-v3" or "base".
+// Instruction set of the kernel in use, the fastest of kernel_names() at first.
 const char* kernel_name();
 // Those that run on this CPU, the fastest first.
 std::vector<std::string> kernel_names();

@@ -13,7 +13,8 @@ Executor::Executor(const SegmentView& segment, ThreadPool& threads)
       pages_(segment.kv(), segment.geometry()),
       parts_(segment.geometry()),
       elem_bytes_(shm::dtype_bytes(segment.geometry().dtype)),
-      token_bytes_(2ULL * segment.geometry().kv_heads * segment.geometry().head_dim * elem_bytes_),
+      token_bytes_(shm::block_bytes(segment.geometry()) * segment.geometry().kv_heads /
+                   segment.geometry().page_tokens),
       attended_in_(segment.geometry().max_sequences, 0) {}
 
 std::optional<Message> Executor::resolve(std::uint64_t entry) {
@@ -107,6 +108,12 @@ std::uint32_t Executor::append(const Message& m) {
   return shm::kOk;
 }
 
+AttendOptions Executor::options_of(std::uint32_t layer) const {
+  const shm::LayerOptions& options = segment_.layer_options()[layer];
+  const float* sinks = segment_.sinks() + std::size_t{layer} * segment_.geometry().heads;
+  return {options.window, options.softcap, sinks};
+}
+
 void Executor::attend_group(const Message* begin, const Message* end) {
   attending_.clear();
   segments_.clear();
@@ -138,7 +145,7 @@ void Executor::attend_group(const Message* begin, const Message* end) {
   }
   if (attending_.empty()) return;
   const shm::Geometry& g = segment_.geometry();
-  attend(pages_, begin->layer, g.heads, segments_, threads_, units_);
+  attention_.run(pages_, begin->layer, g.heads, segments_, options_of(begin->layer), threads_);
   stats_.rows += attending_.size();
   for (const Message& m : attending_) answer(m, shm::kOk);
 }

@@ -55,6 +55,7 @@ class Executor {
   void free_sequence(const Message& m);
   std::uint32_t validate(const Message& m) const;
   Turn turn(const Message& m) const;
+  AttendOptions options_of(std::uint32_t layer) const;
   // Writes k, v of the slot at the message's place; kOk or kNoPage.
   std::uint32_t append(const Message& m);
   void answer(const Message& m, std::uint32_t status);
@@ -74,7 +75,7 @@ class Executor {
   // Kept between calls for their memory.
   std::vector<Message> attending_;
   std::vector<Segment> segments_;
-  std::vector<AttendUnit> units_;
+  Attention attention_;
 };
 
 }  // namespace omniserve

@@ -6,44 +6,74 @@
 
 namespace omniserve {
 
-// Some query vectors of one kv head against one sequence's pages. Query i belongs to row
-// i / group and head i % group of the kv head, and sees tokens 0 .. first_position + row.
+// Some query vectors of some neighbouring kv heads against a range of one sequence's tokens. Query
+// i of a kv head belongs to row i / group and to its head i % group, and sees tokens
+// 0 .. first_position + row, or the last `window` of them.
 struct AttendUnit {
-  const std::byte* kv;       // block of page 0, this layer and kv head
-  std::size_t page_stride;   // bytes from a page's block to the next page's
+  const std::byte* kv;        // block of page 0 and the first kv head, of this layer
+  std::size_t head_stride;    // bytes from a head's block to the next head's
+  std::size_t page_stride;    // bytes from a page's block to the next page's
   const std::int32_t* table;  // page ids of the sequence
-  const void* q;             // row 0, first head of the kv head; [rows][..., group * head_dim]
-  void* out;                 // the same shape
-  std::size_t q_stride;      // elements between rows
+  const void* q;              // row 0, first head; [rows][kv_heads * group * head_dim]
+  void* out;                  // the same shape
+  std::size_t q_stride;       // elements between rows
   std::size_t out_stride;
+  std::uint32_t row_dtype;    // of q and out
   std::uint32_t page_tokens;
   std::uint32_t head_dim;
+  std::uint32_t kv_heads;
   std::uint32_t group;
   std::uint32_t first_query;
-  std::uint32_t queries;  // at most kUnitQueries
+  std::uint32_t queries;  // of each kv head; kv_heads * queries is at most kUnitQueries
   std::uint32_t first_position;
-  float scale;
+  std::uint32_t first_chunk;  // chunks first_chunk .. last_chunk, see chunk_tokens()
+  std::uint32_t last_chunk;
+  std::uint32_t window;    // 0 = all tokens
+  float scale;             // of scores
+  float softcap;           // 0 = none
+  const float* sinks;      // [kv_heads * group] logits that join the softmax; null = none
+  float* partial;          // if not null, the result of one chunk goes here, for `merge`
 };
 
-// Queries that share a page while it is in the first-level cache.
-constexpr std::uint32_t kUnitQueries = 16;
+constexpr std::uint32_t kUnitQueries = 64;
+// Queries of a prompt that share a page while it is in the first-level cache.
+constexpr std::uint32_t kPromptQueries = 32;
 constexpr std::uint32_t kMaxHeadDim = 256;
 constexpr std::uint32_t kMaxPageTokens = 64;
 constexpr std::uint32_t kMaxGroup = 16;
 
-using AttendFn = void (*)(const AttendUnit&);
+// A sequence is cut into chunks of this many tokens, from token 0. Each is attended on its own,
+// and the results are joined in order, whoever computed them: so a row's result depends neither on
+// its batch nor on the number of threads.
+constexpr std::uint32_t chunk_tokens(std::uint32_t page_tokens) {
+  return 512 / page_tokens * page_tokens;
+}
 
-// The kernel in use, see dispatch.h, for shm::kFloat32 or shm::kBfloat16.
-AttendFn attend_kernel(std::uint32_t dtype);
+// Floats of one query in `partial`: its output, then maximum and sum of its softmax.
+constexpr std::size_t partial_stride(std::uint32_t head_dim) { return head_dim + 16; }
 
-#define OMNISERVE_DECLARE_KERNEL(isa)              \
-  namespace isa {                                  \
-  void attend_f32(const AttendUnit& unit);         \
-  void attend_bf16(const AttendUnit& unit);        \
-  }
-OMNISERVE_DECLARE_KERNEL(kernel_base)
-OMNISERVE_DECLARE_KERNEL(kernel_v3)
-OMNISERVE_DECLARE_KERNEL(kernel_v4)
-#undef OMNISERVE_DECLARE_KERNEL
+struct Kernels {
+  // Attends a unit; meanwhile fetches what `next` (may be null) begins with.
+  using Attend = void (*)(const AttendUnit& unit, const AttendUnit* next);
+  // Joins the results of `chunks` units, [chunks][kv_heads * queries][partial_stride], into the unit's out.
+  using Merge = void (*)(const AttendUnit& unit, const float* partials, std::uint32_t chunks);
+
+  const char* name;
+  Attend float32;
+  Attend bfloat16;
+  Attend float16;
+  Attend int8;
+  Merge merge;
+
+  Attend attend(std::uint32_t kv_dtype) const;
+};
+
+// The kernels in use, see dispatch.h.
+const Kernels& kernels();
+
+namespace kernel_base { extern const Kernels kKernels; }
+namespace kernel_v3 { extern const Kernels kKernels; }
+namespace kernel_v4 { extern const Kernels kKernels; }
+namespace kernel_v4_dot { extern const Kernels kKernels; }
 
 }  // namespace omniserve

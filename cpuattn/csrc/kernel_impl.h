@@ -3,229 +3,445 @@
 // No function of the standard library is used here: an inline function compiled with wide
 // instructions could be the copy that the linker keeps for the whole program.
 //
-// Every query's arithmetic is the same whatever else is in the unit: pages in order, online
-// softmax per page, masked tokens add an exact zero. So a row's result does not depend on its
-// batch.
-#include <cstring>
-
+// Every query's arithmetic is the same whatever else is in the unit: tiles in order, softmax per
+// tile, chunks joined in order, masked tokens add an exact zero.
 #include "kernel.h"
+#include "omniserve/shm/layout.h"
+#include "simd.h"
+#include "kv_formats.h"
 
 namespace omniserve::OMNISERVE_KERNEL_ISA {
 namespace {
 
-typedef float Vec __attribute__((vector_size(64)));
-typedef std::int32_t IntVec __attribute__((vector_size(64)));
-typedef std::uint32_t UintVec __attribute__((vector_size(64)));
-typedef std::uint16_t HalfVec __attribute__((vector_size(32)));
+constexpr float kLog2E = 1.44269504088896341f;
+constexpr std::uint32_t kMaxTilePages = 4;
+#if defined(__AVX512F__)
+constexpr int kBlockQueries = 8;  // of one pass over a tile: their sums stay in registers
+#else
+constexpr int kBlockQueries = 4;
+#endif
 
-#define INLINE inline __attribute__((always_inline))
+// One kv head's blocks of a tile's pages.
+struct Blocks {
+  const std::byte* at[kMaxTilePages];
 
-constexpr int kLanes = 16;
-constexpr int kRegisterQueries = 4;
-constexpr float kNegInf = -__builtin_inff();
-
-struct bf16 {
-  std::uint16_t bits;
+  INLINE Blocks next_head(std::size_t head_stride) const {
+    Blocks next = *this;
+    for (const std::byte*& block : next.at) block += head_stride;
+    return next;
+  }
 };
 
-INLINE Vec broadcast(float x) { return Vec{} + x; }
+// The pages of up to kTileTokens tokens. Behind the last one its block is repeated.
+struct Tile {
+  std::uint32_t start;  // its first token
+  std::uint32_t pages;
+  Blocks first_head;
+};
 
-INLINE Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
+// How far ahead of a read memory is fetched: far enough for its latency, and little enough to be
+// still in the first-level cache when its turn comes.
+constexpr std::size_t kFetchAhead = 8192;
+constexpr int kSoftenLines = 4;  // fetched while the scores of a query become weights
+
+// What is kFetchAhead bytes behind `at` in the order of reading; a block is `size` bytes.
+INLINE const std::byte* ahead_of(const Blocks& blocks, const Blocks& ahead, std::uint32_t page,
+                                 std::size_t at, std::size_t size) {
+  const std::size_t to = at + kFetchAhead;
+  if (to < size) return blocks.at[page] + to;
+  return ahead.at[page] + (to - size < size ? to - size : at);
 }
 
-INLINE Vec load(const bf16* p) {
-  HalfVec h;
-  std::memcpy(&h, p, sizeof h);
-  const UintVec wide = __builtin_convertvector(h, UintVec) << 16;
-  Vec v;
-  std::memcpy(&v, &wide, sizeof v);
-  return v;
-}
+// A unit's position in its tiles. All of its chunks begin at tile boundaries.
+struct Cursor {
+  const AttendUnit* unit;
+  std::uint32_t tile_pages;
+  std::uint32_t page;
+  std::uint32_t end_page;
 
-INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+  explicit INLINE Cursor(const AttendUnit& u) : unit(&u) {
+    tile_pages = kTileTokens / u.page_tokens;
+    const std::uint32_t chunk_pages = chunk_tokens(u.page_tokens) / u.page_tokens;
+    const std::uint32_t tokens =
+        u.first_position + (u.first_query + u.queries - 1) / u.group + 1;
+    const std::uint32_t pages = (tokens + u.page_tokens - 1) / u.page_tokens;
+    page = u.first_chunk * chunk_pages;
+    end_page = (u.last_chunk + 1) * chunk_pages < pages ? (u.last_chunk + 1) * chunk_pages : pages;
+  }
+  INLINE bool done() const { return page >= end_page; }
+  INLINE Tile tile() const {
+    Tile t{page * unit->page_tokens, end_page - page, {}};
+    if (t.pages > tile_pages) t.pages = tile_pages;
+    for (std::uint32_t i = 0; i < kMaxTilePages; ++i)
+      t.first_head.at[i] =
+          i < t.pages ? unit->kv + unit->table[page + i] * unit->page_stride
+                      : t.first_head.at[t.pages - 1];
+    return t;
+  }
+  INLINE void advance() { page += tile_pages; }
+};
 
-INLINE void store(bf16* p, Vec v) {
-  UintVec bits;
-  std::memcpy(&bits, &v, sizeof v);
-  const UintVec rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-  const UintVec quiet = (bits >> 16) | 0x40;  // rounding must not turn a NaN into infinity
-  const HalfVec h = __builtin_convertvector(v == v ? rounded : quiet, HalfVec);
-  std::memcpy(p, &h, sizeof h);
-}
-
-INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
-
-INLINE float horizontal_max(Vec v) {
-  v = vmax(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = vmax(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = vmax(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = vmax(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-  return v[0];
-}
-
-INLINE float horizontal_sum(Vec v) {
-  float sum = 0;
-  for (int i = 0; i < kLanes; ++i) sum += v[i];
-  return sum;
-}
-
-// exp for x <= 0, within 2 ulp; exactly 1 at 0 and exactly 0 below -87 (so also at -inf).
-INLINE Vec exp_negative(Vec x) {
-  const Vec clamped = vmax(x, broadcast(-87.0f));
-  const Vec shifted = clamped * 1.44269504088896341f + 12582912.0f;  // rounds to an integer
-  const Vec n = shifted - 12582912.0f;
-  const Vec r = clamped - n * 0.693359375f - n * -2.12194440e-4f;
-  Vec p = broadcast(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  IntVec bits;
-  std::memcpy(&bits, &p, sizeof bits);
-  bits += __builtin_convertvector(n, IntVec) << 23;
-  std::memcpy(&p, &bits, sizeof bits);
-  return x < broadcast(-87.0f) ? Vec{} : p;
-}
-
-// What a unit keeps between pages.
+// What a unit keeps between tiles. Rows of `out` and `total` have head_dim floats.
+template <typename F>
 struct State {
-  alignas(64) float q[kUnitQueries][kMaxHeadDim];  // scaled
-  alignas(64) float out[kUnitQueries][kMaxHeadDim];
+  alignas(64) std::uint32_t q[kUnitQueries * F::kTerms * kMaxHeadDim / F::kPacking];
+  alignas(64) float out[kUnitQueries * kMaxHeadDim];    // of this chunk
+  alignas(64) float total[kUnitQueries * kMaxHeadDim];  // of the chunks before it
   alignas(64) float sum[kUnitQueries][kLanes];
   float max[kUnitQueries];
-  std::uint32_t limit[kUnitQueries];  // tokens that the query sees
+  float total_sum[kUnitQueries];
+  float total_max[kUnitQueries];
+  float factor[kUnitQueries];  // from scores to base-2 logits, or to arguments of the soft cap
+  std::int32_t bias[kUnitQueries * F::kTerms];
+  std::uint32_t first[kUnitQueries];  // token that the query sees
+  std::uint32_t end[kUnitQueries];    // behind the last token that it sees
 };
 
-// Scores of N queries with C * 16 tokens: sum over d of q[d] * K[d][tokens].
-template <int N, int C, typename T>
-INLINE void score(const State& s, std::uint32_t first, const T* k, std::uint32_t page_tokens,
-                  std::uint32_t head_dim, float (*scores)[kMaxPageTokens]) {
-  Vec acc[N][C] = {};
-  for (std::uint32_t d = 0; d < head_dim; ++d) {
-    Vec kv[C];
-    for (int c = 0; c < C; ++c) kv[c] = load(k + d * page_tokens + c * kLanes);
+// Raw scores of N queries with the group of C * 16 tokens at `k`: sum over d of q[d] * K[d][tokens].
+// For each line of K that it reads it fetches one from `fetch` on, in the order of addresses, which
+// the hardware's own prefetchers follow.
+template <typename F, int N, int C, bool kFetch>
+INLINE void score(const State<F>& s, int query, const AttendUnit& u, const std::byte* k,
+                  const float* k_steps, const std::byte* fetch, float* scores) {
+  constexpr int kLine = kLanes * F::kPacking * F::kBytes;
+  const std::uint32_t steps = u.head_dim / F::kPacking;
+  const std::uint32_t* q = s.q + std::size_t(query) * F::kTerms * steps;
+  typename F::Acc acc[N][C][F::kTerms];
+  for (int i = 0; i < N; ++i)
+    for (int c = 0; c < C; ++c)
+      for (int t = 0; t < F::kTerms; ++t)
+        acc[i][c][t] = F::start_score(s.bias[(query + i) * F::kTerms + t]);
+  for (std::uint32_t d = 0; d < steps; ++d) {
+    decltype(F::line_k(k)) line[C];
+    for (int c = 0; c < C; ++c) {
+      line[c] = F::line_k(k + (d * C + c) * kLine);
+      if (kFetch) __builtin_prefetch(fetch + (d * C + c) * kLine, 0, 3);
+    }
     for (int i = 0; i < N; ++i)
-      for (int c = 0; c < C; ++c) acc[i][c] += kv[c] * s.q[first + i][d];
+      for (int t = 0; t < F::kTerms; ++t) {
+        const auto operand = F::spread_q(q[(i * F::kTerms + t) * steps + d]);
+        for (int c = 0; c < C; ++c) acc[i][c][t] = F::dot_k(acc[i][c][t], line[c], operand);
+      }
   }
   for (int i = 0; i < N; ++i)
-    for (int c = 0; c < C; ++c) store(scores[i] + c * kLanes, acc[i][c]);
+    for (int c = 0; c < C; ++c)
+      store(scores + i * kTileTokens + c * kLanes, F::score(acc[i][c], k_steps + c * kLanes));
 }
 
-// Turns scores of one query with one page into weights; rescales what the query has so far.
-INLINE void soften(State& s, std::uint32_t query, std::uint32_t page_start,
-                   std::uint32_t page_tokens, std::uint32_t head_dim, float* scores) {
-  IntVec lane;
-  for (int i = 0; i < kLanes; ++i) lane[i] = i;
-  const std::int32_t visible =
-      static_cast<std::int32_t>(s.limit[query]) - static_cast<std::int32_t>(page_start);
+// cap * tanh(x), as base-2 logits.
+INLINE Vec capped(Vec x, float cap) {
+  const Vec size = vmax(x, -x);
+  const Vec e = exp2_negative(size * (-2 * kLog2E));
+  const Vec t = (1.0f - e) / (1.0f + e);
+  return (x < Vec{} ? -t : t) * (cap * kLog2E);
+}
+
+// Turns the raw scores of one query with a tile into weights, in place of operands; rescales what
+// the query has so far. Returns the step of the weights.
+template <typename F>
+INLINE float soften(State<F>& s, int query, const AttendUnit& u, const Tile& tile,
+                    const float* scores, const float* v_steps, std::uint32_t* operands) {
+  const int vectors = static_cast<int>(tile.pages * u.page_tokens) / kLanes;
+  const auto begin = static_cast<std::int32_t>(tile.start);
+  const std::int32_t first = static_cast<std::int32_t>(s.first[query]) - begin;
+  const std::int32_t end = static_cast<std::int32_t>(s.end[query]) - begin;
+  const bool masked = first > 0 || end < vectors * kLanes;
+  Vec logits[kTileTokens / kLanes];
   Vec top = broadcast(kNegInf);
-  for (std::uint32_t t = 0; t < page_tokens; t += kLanes) {
-    const IntVec token = lane + static_cast<std::int32_t>(t);
-    const Vec masked = token < visible ? load(scores + t) : broadcast(kNegInf);
-    store(scores + t, masked);
-    top = vmax(top, masked);
+  for (int i = 0; i < vectors; ++i) {
+    logits[i] = load(scores + i * kLanes) * s.factor[query];
+    if (u.softcap != 0) logits[i] = capped(logits[i], u.softcap);
+    if (masked) {
+      const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+      const IntVec token = lane + i * kLanes;
+      logits[i] = (token >= first) & (token < end) ? logits[i] : broadcast(kNegInf);
+    }
+    top = vmax(top, logits[i]);
   }
-  const float page_max = horizontal_max(top);
-  const float old_max = s.max[query];
-  const float new_max = page_max > old_max ? page_max : old_max;
+  float max = s.max[query];
   Vec sum = load(s.sum[query]);
-  if (new_max != old_max) {
-    const Vec keep = exp_negative(broadcast(old_max - new_max));
+  if (any_greater(top, broadcast(max))) {
+    const float new_max = horizontal_max(top);
+    const Vec keep = exp2_negative(broadcast(max - new_max));
     sum *= keep;
-    for (std::uint32_t d = 0; d < head_dim; d += kLanes)
-      store(s.out[query] + d, load(s.out[query] + d) * keep);
-    s.max[query] = new_max;
+    float* out = s.out + std::size_t(query) * u.head_dim;
+    for (std::uint32_t d = 0; d < u.head_dim; d += kLanes) store(out + d, load(out + d) * keep);
+    s.max[query] = max = new_max;
   }
-  for (std::uint32_t t = 0; t < page_tokens; t += kLanes) {
-    const Vec weight = exp_negative(load(scores + t) - new_max);
-    store(scores + t, weight);
-    sum += weight;
+  const float shift = max == kNegInf ? 0 : max;  // nothing seen so far: every weight is zero
+  for (int i = 0; i < vectors; ++i) {
+    logits[i] = exp2_negative(logits[i] - shift);
+    sum += logits[i];
   }
   store(s.sum[query], sum);
+  return F::put_weights(logits, vectors, v_steps, operands);
 }
 
-// out[N queries][V * 16 dims] += sum over tokens of weight * V[token][dims].
-template <int N, int V, typename T>
-INLINE void gather(State& s, std::uint32_t first, const T* v, std::uint32_t tokens,
-                   std::uint32_t head_dim, std::uint32_t d,
-                   const float (*weights)[kMaxPageTokens]) {
-  Vec acc[N][V];
+// out[N queries][V * 16 dims at d] += sum over the tile's tokens of weight * V[token][dims].
+template <typename F, int N, int V, bool kFetch>
+INLINE void gather(State<F>& s, int query, const AttendUnit& u, const Blocks& blocks,
+                   const Blocks& ahead, std::uint32_t tokens, std::uint32_t d,
+                   const std::uint32_t* weights, const float* steps) {
+  constexpr int kLine = kLanes * F::kPacking * F::kBytes;
+  constexpr std::uint32_t kRow = kTileTokens / F::kPacking;  // operands of one term of a query
+  const std::size_t half = std::size_t{u.page_tokens} * u.head_dim * F::kBytes;
+  const std::size_t at = half + std::size_t{d} * u.page_tokens * F::kBytes;
+  float* out = s.out + std::size_t(query) * u.head_dim + d;
+  typename F::Acc acc[N][V][F::kTerms];
   for (int i = 0; i < N; ++i)
-    for (int j = 0; j < V; ++j) acc[i][j] = load(s.out[first + i] + d + j * kLanes);
-  for (std::uint32_t t = 0; t < tokens; ++t) {
-    Vec row[V];
-    for (int j = 0; j < V; ++j) row[j] = load(v + t * head_dim + d + j * kLanes);
-    for (int i = 0; i < N; ++i)
-      for (int j = 0; j < V; ++j) acc[i][j] += row[j] * weights[i][t];
+    for (int j = 0; j < V; ++j)
+      for (int t = 0; t < F::kTerms; ++t)
+        acc[i][j][t] = F::start_out(out + std::size_t(i) * u.head_dim + j * kLanes);
+  for (std::uint32_t page = 0, done = 0; done < tokens; ++page) {
+    const std::uint32_t here =
+        tokens - done < u.page_tokens ? tokens - done : u.page_tokens;
+    const std::byte* v = blocks.at[page] + at;
+    const std::byte* fetch = ahead_of(blocks, ahead, page, at, 2 * half);
+    const std::uint32_t* w = weights + done / F::kPacking;
+    for (std::uint32_t g = 0; g * F::kPacking < here; ++g) {
+      decltype(F::line_v(v, 0)) line[V];
+      for (int j = 0; j < V; ++j) {
+        line[j] = F::line_v(v + (g * V + j) * kLine, here - g * F::kPacking);
+        if (kFetch) __builtin_prefetch(fetch + (g * V + j) * kLine, 0, 3);
+      }
+      for (int i = 0; i < N; ++i)
+        for (int t = 0; t < F::kTerms; ++t) {
+          const auto operand = F::spread_weight(w[(i * F::kTerms + t) * kRow + g]);
+          for (int j = 0; j < V; ++j) acc[i][j][t] = F::dot_v(acc[i][j][t], line[j], operand);
+        }
+    }
+    done += here;
   }
   for (int i = 0; i < N; ++i)
-    for (int j = 0; j < V; ++j) store(s.out[first + i] + d + j * kLanes, acc[i][j]);
+    for (int j = 0; j < V; ++j)
+      F::finish_out(out + std::size_t(i) * u.head_dim + j * kLanes, acc[i][j], steps[i]);
 }
 
-template <int N, typename T>
-INLINE void visit(State& s, std::uint32_t first, const AttendUnit& u, const T* block,
-                  std::uint32_t page_start) {
-  const std::uint32_t limit = s.limit[first + N - 1];  // the largest: limits grow with the query
-  if (page_start >= limit) return;
-  const std::uint32_t tokens =
-      limit - page_start < u.page_tokens ? limit - page_start : u.page_tokens;
-  alignas(64) float scores[N][kMaxPageTokens];
-  std::uint32_t t = 0;
-  for (; t + 2 * kLanes <= u.page_tokens; t += 2 * kLanes)
-    score<N, 2>(s, first, block + t, u.page_tokens, u.head_dim,
-                reinterpret_cast<float(*)[kMaxPageTokens]>(&scores[0][t]));
-  if (t < u.page_tokens)
-    score<N, 1>(s, first, block + t, u.page_tokens, u.head_dim,
-                reinterpret_cast<float(*)[kMaxPageTokens]>(&scores[0][t]));
-  for (int i = 0; i < N; ++i)
-    soften(s, first + i, page_start, u.page_tokens, u.head_dim, scores[i]);
-  // Tokens past `tokens` may hold anything, so they are left out rather than multiplied by zero.
-  const T* v = block + static_cast<std::size_t>(u.page_tokens) * u.head_dim;
-  std::uint32_t d = 0;
-  for (; d + 4 * kLanes <= u.head_dim; d += 4 * kLanes)
-    gather<N, 4>(s, first, v, tokens, u.head_dim, d, scores);
-  for (; d < u.head_dim; d += kLanes) gather<N, 1>(s, first, v, tokens, u.head_dim, d, scores);
-}
+// N queries of one kv head against one tile. `blocks` and `ahead` are those of the head, and of the
+// head and tile that come next.
+template <typename F, int N, bool kFetch>
+__attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u, const Tile& tile,
+                                     const Blocks& blocks, const Blocks& ahead) {
+  const std::uint32_t end = s.end[query + N - 1];  // ends and firsts grow with the query
+  const std::uint32_t tile_tokens = tile.pages * u.page_tokens;
+  if (tile.start >= end || tile.start + tile_tokens <= s.first[query]) return;
+  const std::uint32_t tokens = end - tile.start < tile_tokens ? end - tile.start : tile_tokens;
+  const std::size_t values = 2 * std::size_t{u.page_tokens} * u.head_dim * F::kBytes;
 
-template <typename T>
-INLINE void attend(const AttendUnit& u) {
-  State s;
-  for (std::uint32_t i = 0; i < u.queries; ++i) {
-    const std::uint32_t row = (u.first_query + i) / u.group;
-    const std::uint32_t head = (u.first_query + i) % u.group;
-    const T* q = static_cast<const T*>(u.q) + row * u.q_stride + head * u.head_dim;
-    for (std::uint32_t d = 0; d < u.head_dim; d += kLanes) {
-      store(s.q[i] + d, load(q + d) * u.scale);
-      store(s.out[i] + d, Vec{});
+  alignas(64) float scores[N * kTileTokens];
+  alignas(64) float v_steps[kTileTokens];
+  for (std::uint32_t page = 0; page < tile.pages; ++page) {
+    const std::byte* block = blocks.at[page];
+    const float* k_steps = reinterpret_cast<const float*>(block + values);
+    if (F::kScaled) {
+      std::memcpy(v_steps + page * u.page_tokens, k_steps + u.page_tokens, 4 * u.page_tokens);
+      if (kFetch)
+        for (std::uint32_t i = 0; i < 8 * u.page_tokens; i += 64)
+          __builtin_prefetch(ahead.at[page] + values + i, 0, 3);
     }
+    for (std::uint32_t t = 0; t < u.page_tokens; t += 2 * kLanes) {
+      const std::size_t at = std::size_t{t} * u.head_dim * F::kBytes;
+      const std::byte* fetch = ahead_of(blocks, ahead, page, at, values);
+      float* to = scores + page * u.page_tokens + t;
+      if (t + 2 * kLanes <= u.page_tokens)
+        score<F, N, 2, kFetch>(s, query, u, block + at, k_steps + t, fetch, to);
+      else
+        score<F, N, 1, kFetch>(s, query, u, block + at, k_steps + t, fetch, to);
+    }
+  }
+  if (F::kScaled)
+    for (std::uint32_t t = tokens; t < tile_tokens; ++t) v_steps[t] = 0;
+
+  alignas(64) std::uint32_t weights[N * F::kTerms * kTileTokens / F::kPacking];
+  float steps[N];
+  // Memory must not rest meanwhile: this runs ahead of the first lines that `gather` fetches.
+  const std::byte* fetch = ahead_of(blocks, ahead, 0, values / 2, values);
+  for (int i = 0; i < N; ++i) {
+    if (kFetch)
+      for (int line = 0; line < kSoftenLines; ++line)
+        __builtin_prefetch(fetch + (i * kSoftenLines + line) * 64, 0, 3);
+    steps[i] = soften(s, query + i, u, tile, scores + i * kTileTokens, v_steps,
+                      weights + i * F::kTerms * (kTileTokens / F::kPacking));
+  }
+
+  std::uint32_t d = 0;
+  for (; d + 2 * kLanes <= u.head_dim; d += 2 * kLanes)
+    gather<F, N, 2, kFetch>(s, query, u, blocks, ahead, tokens, d, weights, steps);
+  if (d < u.head_dim)
+    gather<F, N, 1, kFetch>(s, query, u, blocks, ahead, tokens, d, weights, steps);
+}
+
+// As many of the `left` queries as fit into the registers; returns how many.
+template <typename F, bool kFetch>
+INLINE int visit_some(State<F>& s, int query, int left, const AttendUnit& u, const Tile& tile,
+                      const Blocks& blocks, const Blocks& ahead) {
+  constexpr int kMost = kBlockQueries / F::kTerms;
+  if constexpr (kMost >= 8)
+    if (left >= 8) return visit<F, 8, kFetch>(s, query, u, tile, blocks, ahead), 8;
+  if constexpr (kMost >= 6)
+    if (left >= 6) return visit<F, 6, kFetch>(s, query, u, tile, blocks, ahead), 6;
+  if constexpr (kMost >= 4)
+    if (left >= 4) return visit<F, 4, kFetch>(s, query, u, tile, blocks, ahead), 4;
+  if constexpr (kMost >= 3)
+    if (left >= 3) return visit<F, 3, kFetch>(s, query, u, tile, blocks, ahead), 3;
+  if (left >= 2) return visit<F, 2, kFetch>(s, query, u, tile, blocks, ahead), 2;
+  return visit<F, 1, kFetch>(s, query, u, tile, blocks, ahead), 1;
+}
+
+// All queries of a unit against one tile, head by head. The first few of a head fetch ahead.
+template <typename F>
+INLINE void visit_all(State<F>& s, const AttendUnit& u, const Tile& tile, const Tile& next) {
+  const int queries = static_cast<int>(u.queries);
+  Blocks blocks = tile.first_head;
+  for (std::uint32_t h = 0; h < u.kv_heads; ++h) {
+    const Blocks ahead = h + 1 < u.kv_heads ? blocks.next_head(u.head_stride) : next.first_head;
+    const int first = static_cast<int>(h) * queries;
+    int done = visit_some<F, true>(s, first, queries, u, tile, blocks, ahead);
+    while (done < queries)
+      done += visit_some<F, false>(s, first + done, queries - done, u, tile, blocks, ahead);
+    blocks = ahead;
+  }
+}
+
+INLINE Vec load_row(const void* row, std::size_t at, std::uint32_t dtype) {
+  if (dtype == shm::kFloat32) return load(static_cast<const float*>(row) + at);
+  const HalfVec half = load_as<HalfVec>(static_cast<const std::uint16_t*>(row) + at);
+  return dtype == shm::kBfloat16 ? widen_bf16(half) : widen_f16(half);
+}
+
+INLINE void store_row(void* row, std::size_t at, std::uint32_t dtype, Vec v) {
+  if (dtype == shm::kFloat32) return store(static_cast<float*>(row) + at, v);
+  const HalfVec half = dtype == shm::kBfloat16 ? narrow_bf16(v) : narrow_f16(v);
+  std::memcpy(static_cast<std::uint16_t*>(row) + at, &half, sizeof half);
+}
+
+// Joins one more chunk of a query (out, max, sum) with those before it.
+INLINE void join(float* total, float* total_max, float* total_sum, const float* out, float max,
+                 float sum, std::uint32_t head_dim) {
+  const float top = max > *total_max ? max : *total_max;
+  const float shift = top == kNegInf ? 0 : top;
+  const Vec keep = exp2_negative(broadcast(*total_max - shift));
+  const Vec take = exp2_negative(broadcast(max - shift));
+  for (std::uint32_t d = 0; d < head_dim; d += kLanes)
+    store(total + d, load(total + d) * keep + load(out + d) * take);
+  *total_sum = *total_sum * keep[0] + sum * take[0];
+  *total_max = top;
+}
+
+struct Place {
+  std::uint32_t row;
+  std::uint32_t head;  // of the unit's
+};
+
+// Where query i of a unit's kv_heads * queries comes from.
+INLINE Place place_of(const AttendUnit& u, std::uint32_t i) {
+  const std::uint32_t query = u.first_query + i % u.queries;
+  return {query / u.group, i / u.queries * u.group + query % u.group};
+}
+
+// Divides by the softmax's sum, to which a sink adds, and writes the row.
+INLINE void write_query(const AttendUnit& u, std::uint32_t i, const float* total, float max,
+                        float sum) {
+  const auto [row, head] = place_of(u, i);
+  float share = 1;
+  if (u.sinks != nullptr && u.sinks[head] != kNegInf) {
+    const float sink = u.sinks[head] * kLog2E;
+    const float top = sink > max ? sink : max;
+    share = exp2_negative(broadcast(max - top))[0];
+    sum = sum * share + exp2_negative(broadcast(sink - top))[0];
+  }
+  const float inverse = share / sum;
+  const std::size_t at = row * u.out_stride + std::size_t{head} * u.head_dim;
+  for (std::uint32_t d = 0; d < u.head_dim; d += kLanes)
+    store_row(u.out, at + d, u.row_dtype, load(total + d) * inverse);
+}
+
+template <typename F>
+INLINE void prepare_queries(State<F>& s, const AttendUnit& u) {
+  const float factor = u.softcap != 0 ? u.scale / u.softcap : u.scale * kLog2E;
+  alignas(64) float values[kMaxHeadDim];
+  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+    const auto [row, head] = place_of(u, i);
+    const std::size_t at = row * u.q_stride + std::size_t{head} * u.head_dim;
+    for (std::uint32_t d = 0; d < u.head_dim; d += kLanes)
+      store(values + d, load_row(u.q, at + d, u.row_dtype));
+    float step = 1;
+    F::put_query(values, u.head_dim, s.q + std::size_t{i} * F::kTerms * u.head_dim / F::kPacking,
+                 s.bias + i * F::kTerms, &step);
+    s.factor[i] = factor * step;
+    s.end[i] = u.first_position + row + 1;
+    s.first[i] = u.window != 0 && s.end[i] > u.window ? s.end[i] - u.window : 0;
+  }
+}
+
+template <typename F>
+INLINE void start_chunk(State<F>& s, const AttendUnit& u) {
+  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
     store(s.sum[i], Vec{});
     s.max[i] = kNegInf;
-    s.limit[i] = u.first_position + row + 1;
   }
-  const std::uint32_t limit = s.limit[u.queries - 1];
-  for (std::uint32_t start = 0, page = 0; start < limit; start += u.page_tokens, ++page) {
-    const T* block = reinterpret_cast<const T*>(u.kv + u.table[page] * u.page_stride);
-    std::uint32_t i = 0;
-    for (; i + kRegisterQueries <= u.queries; i += kRegisterQueries) visit<4>(s, i, u, block, start);
-    switch (u.queries - i) {
-      case 3: visit<3>(s, i, u, block, start); break;
-      case 2: visit<2>(s, i, u, block, start); break;
-      case 1: visit<1>(s, i, u, block, start); break;
-      default: break;
+  for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.out + d, Vec{});
+}
+
+template <typename F>
+INLINE void end_chunk(State<F>& s, const AttendUnit& u) {
+  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+    const float* out = s.out + std::size_t{i} * u.head_dim;
+    const float sum = horizontal_sum(load(s.sum[i]));
+    if (u.partial != nullptr) {
+      float* to = u.partial + i * partial_stride(u.head_dim);
+      std::memcpy(to, out, u.head_dim * sizeof(float));
+      to[u.head_dim] = s.max[i];
+      to[u.head_dim + 1] = sum;
+    } else {
+      join(s.total + std::size_t{i} * u.head_dim, &s.total_max[i], &s.total_sum[i], out, s.max[i],
+           sum, u.head_dim);
     }
   }
-  for (std::uint32_t i = 0; i < u.queries; ++i) {
-    const std::uint32_t row = (u.first_query + i) / u.group;
-    const std::uint32_t head = (u.first_query + i) % u.group;
-    T* out = static_cast<T*>(u.out) + row * u.out_stride + head * u.head_dim;
-    const float inverse = 1.0f / horizontal_sum(load(s.sum[i]));
-    for (std::uint32_t d = 0; d < u.head_dim; d += kLanes)
-      store(out + d, load(s.out[i] + d) * inverse);
+}
+
+template <typename F>
+void attend(const AttendUnit& u, const AttendUnit* next) {
+  State<F> s;
+  prepare_queries(s, u);
+  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+    s.total_max[i] = kNegInf;
+    s.total_sum[i] = 0;
+  }
+  for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.total + d, Vec{});
+
+  const std::uint32_t chunk_pages = chunk_tokens(u.page_tokens) / u.page_tokens;
+  Cursor cursor(u);
+  Tile tile = cursor.tile();
+  start_chunk(s, u);
+  while (!cursor.done()) {
+    cursor.advance();
+    const bool last = cursor.done();
+    const Tile ahead = !last ? cursor.tile() : next != nullptr ? Cursor(*next).tile() : tile;
+    visit_all(s, u, tile, ahead);
+    if (last || cursor.page % chunk_pages == 0) {
+      end_chunk(s, u);
+      start_chunk(s, u);
+    }
+    tile = ahead;
+  }
+  if (u.partial != nullptr) return;
+  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i)
+    write_query(u, i, s.total + std::size_t{i} * u.head_dim, s.total_max[i], s.total_sum[i]);
+}
+
+void merge(const AttendUnit& u, const float* partials, std::uint32_t chunks) {
+  alignas(64) float total[kMaxHeadDim];
+  const std::size_t stride = partial_stride(u.head_dim);
+  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+    for (std::uint32_t d = 0; d < u.head_dim; d += kLanes) store(total + d, Vec{});
+    float max = kNegInf;
+    float sum = 0;
+    for (std::uint32_t c = 0; c < chunks; ++c) {
+      const float* partial = partials + (std::size_t{c} * u.kv_heads * u.queries + i) * stride;
+      join(total, &max, &sum, partial, partial[u.head_dim], partial[u.head_dim + 1], u.head_dim);
+    }
+    write_query(u, i, total, max, sum);
   }
 }
 
@@ -233,7 +449,7 @@ INLINE void attend(const AttendUnit& u) {
 
 }  // namespace
 
-void attend_f32(const AttendUnit& unit) { attend<float>(unit); }
-void attend_bf16(const AttendUnit& unit) { attend<bf16>(unit); }
+const Kernels kKernels = {OMNISERVE_KERNEL_NAME,  attend<Float32Format>, attend<Bfloat16Format>,
+                          attend<Float16Format>, attend<Int8Format>,    merge};
 
 }  // namespace omniserve::OMNISERVE_KERNEL_ISA

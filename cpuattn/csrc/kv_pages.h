@@ -23,46 +23,13 @@ class KvPages {
     return base_ + index * block_bytes_;
   }
 
-  // k, v: [kv_heads * head_dim] of the geometry's dtype.
+  // k, v: [kv_heads * head_dim] of the geometry's row dtype. int8 KV is quantised on the way in,
+  // each head by its largest magnitude, so that reading gives back a rounded row.
   void write(std::uint32_t layer, std::uint32_t page, std::uint32_t offset, const void* k,
-             const void* v) const {
-    if (g_.dtype == shm::kBfloat16)
-      copy<std::uint16_t, true>(layer, page, offset, const_cast<void*>(k), const_cast<void*>(v));
-    else
-      copy<float, true>(layer, page, offset, const_cast<void*>(k), const_cast<void*>(v));
-  }
-
-  void read(std::uint32_t layer, std::uint32_t page, std::uint32_t offset, void* k,
-            void* v) const {
-    if (g_.dtype == shm::kBfloat16)
-      copy<std::uint16_t, false>(layer, page, offset, k, v);
-    else
-      copy<float, false>(layer, page, offset, k, v);
-  }
+             const void* v) const;
+  void read(std::uint32_t layer, std::uint32_t page, std::uint32_t offset, void* k, void* v) const;
 
  private:
-  template <typename T, bool kIntoPage>
-  void copy(std::uint32_t layer, std::uint32_t page, std::uint32_t offset, void* k_row,
-            void* v_row) const {
-    const std::size_t dim = g_.head_dim;
-    const std::size_t tokens = g_.page_tokens;
-    for (std::uint32_t h = 0; h < g_.kv_heads; ++h) {
-      T* k_page = reinterpret_cast<T*>(block(layer, page, h)) + offset;
-      T* v_page = reinterpret_cast<T*>(block(layer, page, h)) + (tokens + offset) * dim;
-      T* k = static_cast<T*>(k_row) + h * dim;
-      T* v = static_cast<T*>(v_row) + h * dim;
-      for (std::size_t d = 0; d < dim; ++d) {
-        if constexpr (kIntoPage) {
-          k_page[d * tokens] = k[d];
-          v_page[d] = v[d];
-        } else {
-          k[d] = k_page[d * tokens];
-          v[d] = v_page[d];
-        }
-      }
-    }
-  }
-
   std::byte* base_ = nullptr;
   shm::Geometry g_{};
   std::size_t block_bytes_ = 0;

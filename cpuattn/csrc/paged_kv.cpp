@@ -1,5 +1,8 @@
 #include "paged_kv.h"
 
+#include <sys/mman.h>
+
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -16,27 +19,37 @@ void require(bool ok, const char* name, long long value) {
 bool below(std::int64_t value, std::int64_t limit) { return value >= 0 && value < limit; }
 
 shm::Geometry own_geometry(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
-                           std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype) {
-  shm::Geometry g{layers, kv_heads, kv_heads, head_dim, dtype, page_tokens, 1, 1, 1, pages};
+                           std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
+                           std::uint32_t kv_dtype) {
+  shm::Geometry g{layers,   kv_heads,    kv_heads, head_dim, dtype,
+                  kv_dtype, page_tokens, 1,        1,        1,     pages};
   check_geometry(g);
   return g;
 }
 
-}  // namespace
+constexpr std::size_t kHugePage = 2u << 20;
 
-void PagedKv::FreeDeleter::operator()(std::byte* p) const { std::free(p); }
+}  // namespace
 
 PagedKv::PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
                  std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
-                 unsigned threads)
-    : pool_(threads) {
-  const auto g = own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype);
-  const std::size_t bytes = shm::align_up(shm::page_bytes(g) * g.pages, shm::kPageAlign);
-  memory_.reset(static_cast<std::byte*>(std::aligned_alloc(shm::kPageAlign, bytes)));
-  if (!memory_) throw std::bad_alloc();
-  std::memset(memory_.get(), 0, bytes);  // touched now, not in the middle of a pass
-  pages_ = KvPages(memory_.get(), g);
+                 std::uint32_t kv_dtype, unsigned threads, std::int64_t spin_us)
+    : pool_(threads, {}, spin_us) {
+  const auto g = own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype, kv_dtype);
+  bytes_ = shm::align_up(shm::page_bytes(g) * g.pages, kHugePage);
+  memory_ = static_cast<std::byte*>(std::aligned_alloc(kHugePage, bytes_));
+  if (memory_ == nullptr) throw std::bad_alloc();
+  ::madvise(memory_, bytes_, MADV_HUGEPAGE);  // a refusal costs speed only
+  pages_ = KvPages(memory_, g);
+  // Touched now, not in the middle of a pass, and by the threads that will read it.
+  std::atomic<std::size_t> next{0};
+  pool_.run([&] {
+    for (std::size_t at; (at = next.fetch_add(kHugePage)) < bytes_;)
+      std::memset(memory_ + at, 0, kHugePage);
+  });
 }
+
+PagedKv::~PagedKv() { std::free(memory_); }
 
 void PagedKv::check_place(std::int32_t layer, std::int32_t page, std::int32_t offset) const {
   const shm::Geometry& g = geometry();
@@ -58,7 +71,8 @@ void PagedKv::append(std::uint32_t layer, const Rows& k, const Rows& v, const st
 void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
                      const std::int32_t* tables, std::size_t max_pages,
                      const std::int32_t* first_row, const std::int32_t* n_rows,
-                     const std::int32_t* first_position, std::size_t segments) {
+                     const std::int32_t* first_position, std::size_t segments,
+                     const AttendOptions& options) {
   const shm::Geometry& g = geometry();
   require(below(layer, g.layers), "layer", layer);
   const std::size_t elem = shm::dtype_bytes(g.dtype);
@@ -86,7 +100,7 @@ void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
     segment.first_position = static_cast<std::uint32_t>(first_position[s]);
     segments_.push_back(segment);
   }
-  omniserve::attend(pages_, layer, heads, segments_, pool_, units_);
+  attention_.run(pages_, layer, heads, segments_, options, pool_);
 }
 
 void PagedKv::check_transfer(const SegmentView& segment, const std::int32_t* layers,

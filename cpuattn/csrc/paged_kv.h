@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
 #include <vector>
 
 #include "attend.h"
@@ -23,11 +22,16 @@ struct Rows {
 // Checks all indices before it touches memory: std::out_of_range names the culprit.
 class PagedKv {
  public:
+  PagedKv(const PagedKv&) = delete;
+  PagedKv& operator=(const PagedKv&) = delete;
   PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
-          std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype, unsigned threads);
+          std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
+          std::uint32_t kv_dtype, unsigned threads, std::int64_t spin_us);
+  ~PagedKv();
 
   const shm::Geometry& geometry() const { return pages_.geometry(); }
   const KvPages& pages() const { return pages_; }
+  ThreadPool& threads() { return pool_; }
 
   void append(std::uint32_t layer, const Rows& k, const Rows& v, const std::int32_t* pages,
               const std::int32_t* offsets);
@@ -35,7 +39,8 @@ class PagedKv {
   // tables: [segments][max_pages]. Row first_row[s] + r of q sees 0 .. first_position[s] + r.
   void attend(std::uint32_t layer, const Rows& q, const Rows& out, const std::int32_t* tables,
               std::size_t max_pages, const std::int32_t* first_row, const std::int32_t* n_rows,
-              const std::int32_t* first_position, std::size_t segments);
+              const std::int32_t* first_position, std::size_t segments,
+              const AttendOptions& options);
 
   // Copies k, v between places of the pool and rows of the slab.
   void export_rows(const SegmentView& segment, const std::int32_t* layers,
@@ -52,14 +57,12 @@ class PagedKv {
                       const std::int32_t* pages, const std::int32_t* offsets,
                       const std::int32_t* slots, std::size_t n) const;
 
-  struct FreeDeleter {
-    void operator()(std::byte* p) const;
-  };
-  std::unique_ptr<std::byte, FreeDeleter> memory_;
+  std::byte* memory_ = nullptr;
+  std::size_t bytes_ = 0;
   KvPages pages_;
   ThreadPool pool_;
   std::vector<Segment> segments_;
-  std::vector<AttendUnit> units_;
+  Attention attention_;
 };
 
 }  // namespace omniserve

@@ -80,7 +80,9 @@ void check_geometry(const shm::Geometry& g) {
   const auto require = [](bool ok, const char* message) {
     if (!ok) throw std::invalid_argument(message);
   };
-  require(g.dtype == shm::kFloat32 || g.dtype == shm::kBfloat16, "dtype: float32 or bfloat16");
+  require(g.dtype >= shm::kFloat32 && g.dtype <= shm::kFloat16,
+          "dtype: float32, bfloat16 or float16");
+  require(g.kv_dtype == g.dtype || g.kv_dtype == shm::kInt8, "kv_dtype: that of the rows, or int8");
   require(g.layers >= 1 && g.layers <= 1024, "layers: 1 to 1024");
   require(g.kv_heads >= 1 && g.kv_heads <= 1024, "kv_heads: 1 to 1024");
   require(g.heads >= 1 && g.heads % g.kv_heads == 0 && g.heads / g.kv_heads <= kMaxGroup,

@@ -52,6 +52,11 @@ class SegmentView {
     return at<std::int32_t>(header().regions.page_table) +
            std::size_t{sequence} * header().max_pages_per_sequence;
   }
+  shm::LayerOptions* layer_options() const {
+    return at<shm::LayerOptions>(header().regions.layer_options);
+  }
+  // [layers][heads]
+  float* sinks() const { return at<float>(header().regions.sinks); }
   shm::SlotHeader& slot(std::uint32_t slot) const {
     return at<shm::SlotHeader>(header().regions.slot_headers)[slot];
   }

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <limits>
 
 namespace omniserve {
 namespace {
@@ -68,7 +69,8 @@ ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
   thread_ = std::thread([this, &ready] {
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), options_.nice);
     if (!options_.cpus.empty()) pin_this_thread(options_.cpus[0]);
-    threads_ = std::make_unique<ThreadPool>(options_.threads, options_.cpus);  // inherits nice
+    // Helpers inherit the priority.
+    threads_ = std::make_unique<ThreadPool>(options_.threads, options_.cpus, options_.spin_us);
     recover();
     ready.store(true);
     run();
@@ -124,8 +126,13 @@ void ServerLoop::open() {
 
 void ServerLoop::format(const std::string& worker_id, std::uint64_t epoch,
                         std::uint64_t segment_id, const shm::Geometry& geometry,
-                        const std::string& bell_path) {
+                        const std::string& bell_path, const std::vector<LayerRules>& layers) {
   check_geometry(geometry);
+  if (!layers.empty() && layers.size() != geometry.layers)
+    throw std::invalid_argument("layers: one for each layer, or none");
+  for (const LayerRules& layer : layers)
+    if (!layer.sinks.empty() && layer.sinks.size() != geometry.heads)
+      throw std::invalid_argument("sinks: one for each head, or none");
   const shm::Regions regions = shm::regions_of(geometry);
   if (regions.end > mapping_.size()) throw std::invalid_argument("the arena is too small");
   Mapping bell(bell_path);
@@ -146,7 +153,13 @@ void ServerLoop::format(const std::string& worker_id, std::uint64_t epoch,
   copy_text(h.bell_path, sizeof h.bell_path, bell_path);
   // All bookkeeping starts at zero; pages keep what they held, since lengths bound every read.
   std::memset(mapping_.data() + shm::kPageAlign, 0, regions.slab - shm::kPageAlign);
-  std::memset(segment_.page_table(0), 0xFF, regions.request_ring - regions.page_table);
+  std::memset(segment_.page_table(0), 0xFF, regions.layer_options - regions.page_table);
+  const std::size_t heads = geometry.heads;
+  std::fill_n(segment_.sinks(), geometry.layers * heads, -std::numeric_limits<float>::infinity());
+  for (std::size_t l = 0; l < layers.size(); ++l) {
+    segment_.layer_options()[l] = layers[l].options;
+    std::copy(layers[l].sinks.begin(), layers[l].sinks.end(), segment_.sinks() + l * heads);
+  }
   held_ = {};
   answers_.clear();
   bell_ = std::move(bell);

@@ -24,6 +24,12 @@ struct LoopOptions {
   std::uint64_t fault_seed = 0;
 };
 
+// One layer's options at Attach; sinks: one per head, or none.
+struct LayerRules {
+  shm::LayerOptions options;
+  std::vector<float> sinks;
+};
+
 class ServerLoop {
  public:
   // Maps the arena at `path`, adopts the segment in it if it is whole, and starts.
@@ -38,7 +44,8 @@ class ServerLoop {
 
   // Formats the segment for a new epoch; what it held is lost.
   void format(const std::string& worker_id, std::uint64_t epoch, std::uint64_t segment_id,
-              const shm::Geometry& geometry, const std::string& bell_path);
+              const shm::Geometry& geometry, const std::string& bell_path,
+              const std::vector<LayerRules>& layers);
   // The same epoch comes back, perhaps with a new bell.
   void rebell(const std::string& bell_path);
 

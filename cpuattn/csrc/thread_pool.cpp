@@ -3,7 +3,16 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <chrono>
+
 namespace omniserve {
+namespace {
+
+// Turns of waiting for the last helpers before the core is offered to somebody else, who may be
+// the helper that is waited for.
+constexpr int kPausesBeforeYield = 2000;
+
+}  // namespace
 
 void pin_this_thread(int cpu) {
   cpu_set_t set;
@@ -12,7 +21,8 @@ void pin_this_thread(int cpu) {
   pthread_setaffinity_np(pthread_self(), sizeof set, &set);
 }
 
-ThreadPool::ThreadPool(unsigned threads, const std::vector<int>& cpus) {
+ThreadPool::ThreadPool(unsigned threads, const std::vector<int>& cpus, std::int64_t spin_us)
+    : spin_us_(spin_us) {
   for (unsigned i = 1; i < threads; ++i) {
     const int cpu = i < cpus.size() ? cpus[i] : -1;
     helpers_.emplace_back([this, cpu] {
@@ -25,48 +35,60 @@ ThreadPool::ThreadPool(unsigned threads, const std::vector<int>& cpus) {
 ThreadPool::~ThreadPool() {
   {
     std::lock_guard lock(mutex_);
-    stopping_ = true;
+    stopping_.store(true);
   }
   work_.notify_all();
   for (auto& helper : helpers_) helper.join();
 }
 
-void ThreadPool::take(const std::function<void(std::uint32_t)>& task, std::uint32_t count) {
-  for (std::uint32_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count;) task(i);
+// A helper announces itself (inside_), then looks whether the task is open; the caller closes the
+// task, then looks whether anybody is inside. Sequential consistency lets one of them see the
+// other, so no helper is in a task that has returned.
+void ThreadPool::run(const std::function<void()>& task) {
+  if (helpers_.empty()) return task();
+  task_ = &task;
+  open_.store(true);
+  tasks_.fetch_add(1);
+  if (sleeping_.load() != 0) {
+    { std::lock_guard lock(mutex_); }  // a helper between its last look and its sleep
+    work_.notify_all();
+  }
+  task();
+  open_.store(false);
+  for (int turns = 0; inside_.load() != 0; ++turns)
+    turns < kPausesBeforeYield ? pause() : std::this_thread::yield();
 }
 
-void ThreadPool::run(std::uint32_t count, const std::function<void(std::uint32_t)>& task) {
-  if (helpers_.empty() || count < 2) {
-    for (std::uint32_t i = 0; i < count; ++i) task(i);
-    return;
-  }
-  {
-    std::lock_guard lock(mutex_);
-    task_ = &task;
-    count_ = count;
-    next_.store(0, std::memory_order_relaxed);
-    busy_ = static_cast<unsigned>(helpers_.size());
-    ++job_;
-  }
-  work_.notify_all();
-  take(task, count);
-  std::unique_lock lock(mutex_);
-  done_.wait(lock, [this] { return busy_ == 0; });
+void ThreadPool::join_task() {
+  inside_.fetch_add(1);
+  if (open_.load()) (*task_)();
+  inside_.fetch_sub(1);
+}
+
+bool ThreadPool::spin_for_task(std::uint32_t seen) const {
+  using Clock = std::chrono::steady_clock;
+  if (spin_us_ <= 0) return false;
+  const auto until = Clock::now() + std::chrono::microseconds(spin_us_);
+  do {
+    for (int i = 0; i < 64; ++i) {
+      if (tasks_.load(std::memory_order_acquire) != seen) return true;
+      pause();
+    }
+  } while (Clock::now() < until);
+  return false;
 }
 
 void ThreadPool::help() {
-  std::uint64_t seen = 0;
-  std::unique_lock lock(mutex_);
-  for (;;) {
-    work_.wait(lock, [&] { return stopping_ || job_ != seen; });
-    if (stopping_) return;
-    seen = job_;
-    const auto* task = task_;
-    const std::uint32_t count = count_;
-    lock.unlock();
-    take(*task, count);
-    lock.lock();
-    if (--busy_ == 0) done_.notify_one();
+  std::uint32_t seen = tasks_.load();
+  while (!stopping_.load()) {
+    if (!spin_for_task(seen)) {
+      std::unique_lock lock(mutex_);
+      sleeping_.fetch_add(1);
+      work_.wait(lock, [&] { return stopping_.load() || tasks_.load() != seen; });
+      sleeping_.fetch_sub(1);
+    }
+    seen = tasks_.load();
+    if (!stopping_.load()) join_task();
   }
 }
 

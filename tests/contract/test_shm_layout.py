@@ -14,6 +14,7 @@ STRUCTS = {
     "Geometry": layout.CGeometry,
     "Regions": layout.CRegions,
     "Header": layout.CHeader,
+    "LayerOptions": layout.CLayerOptions,
     "Doorbell": layout.CDoorbell,
     "RingHeader": layout.CRingHeader,
     "SlotHeader": layout.CSlotHeader,
@@ -23,12 +24,14 @@ STRUCTS = {
 @st.composite
 def geometries(draw: st.DrawFn) -> layout.Geometry:
     kv_heads = draw(st.integers(1, 8))
+    dtype = draw(st.sampled_from(("float32", "bfloat16", "float16")))
     return layout.Geometry(
         layers=draw(st.integers(1, 80)),
         heads=kv_heads * draw(st.integers(1, 16)),
         kv_heads=kv_heads,
         head_dim=16 * draw(st.integers(1, 16)),
-        dtype=draw(st.sampled_from(("float32", "bfloat16"))),
+        dtype=dtype,
+        kv_dtype=draw(st.sampled_from((dtype, "int8"))),
         page_tokens=16 * draw(st.integers(1, 4)),
         max_sequences=draw(st.integers(1, 5000)),
         max_sequence_tokens=draw(st.integers(1, 1 << 20)),
@@ -86,7 +89,9 @@ def test_an_arena_sized_for_some_pages_holds_exactly_that_many(
         ("kv_heads", 0),
         ("head_dim", 24),
         ("head_dim", 272),
-        ("dtype", "float16"),
+        ("dtype", "float64"),
+        ("dtype", "int8"),
+        ("kv_dtype", "float16"),
         ("page_tokens", 8),
         ("page_tokens", 80),
         ("max_sequences", 0),
@@ -97,7 +102,7 @@ def test_an_arena_sized_for_some_pages_holds_exactly_that_many(
 def test_a_geometry_that_no_kernel_serves_is_refused_by_the_name_of_its_field(
     field: str, value: object
 ) -> None:
-    good = layout.Geometry(30, 9, 3, 64, "bfloat16", 32, 16, 1024, 64)
+    good = layout.Geometry(30, 9, 3, 64, "bfloat16", "bfloat16", 32, 16, 1024, 64)
     good.check()
     with pytest.raises(InvalidArgumentError) as refused:
         layout.Geometry(**{**vars(good), field: value}).check()

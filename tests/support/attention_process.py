@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -34,6 +35,7 @@ GEOMETRY = layout.Geometry(
     kv_heads=2,
     head_dim=32,
     dtype="float32",
+    kv_dtype="float32",
     page_tokens=16,
     max_sequences=8,
     max_sequence_tokens=200,
@@ -99,7 +101,12 @@ class ServerProcess:
         return answer.stats
 
     def attach(
-        self, geometry: layout.Geometry = GEOMETRY, *, worker_id: str = "w0", epoch: int = 1
+        self,
+        geometry: layout.Geometry = GEOMETRY,
+        *,
+        worker_id: str = "w0",
+        epoch: int = 1,
+        layers: Sequence[attention_pb2.LayerOptions] = (),
     ) -> attention_pb2.AttachResponse:
         """Attaches with a bell of that worker's."""
         bell = self.shm_dir / f"{worker_id}.bell"
@@ -111,6 +118,7 @@ class ServerProcess:
                 epoch=epoch,
                 geometry=attention_pb2.Geometry(**vars(geometry)),
                 bell_path=str(bell),
+                layers=layers,
             )
         )
         return answer
@@ -119,9 +127,16 @@ class ServerProcess:
 class Worker:
     """Sends rows and remembers the KV it sent, [position] -> k, v, per sequence and layer."""
 
-    def __init__(self, server: ServerProcess, seed: int = 0, epoch: int = 1) -> None:
+    def __init__(
+        self,
+        server: ServerProcess,
+        seed: int = 0,
+        epoch: int = 1,
+        geometry: layout.Geometry = GEOMETRY,
+        layers: Sequence[attention_pb2.LayerOptions] = (),
+    ) -> None:
         self.server = server
-        self.attached = server.attach(epoch=epoch)
+        self.attached = server.attach(geometry, epoch=epoch, layers=layers)
         self.link = WorkerLink(self.attached.segment_path)
         self.bell = Bell(str(server.shm_dir / "w0.bell"), create=False)
         self.rng = np.random.default_rng(seed)

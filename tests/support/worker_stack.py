@@ -27,6 +27,7 @@ MODEL = layout.Geometry(
     kv_heads=3,
     head_dim=64,
     dtype="float32",
+    kv_dtype="float32",
     page_tokens=32,
     max_sequences=64,
     max_sequence_tokens=8192,

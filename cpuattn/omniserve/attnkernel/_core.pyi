@@ -1,5 +1,6 @@
 """The native core. Arrays may be numpy arrays or CPU torch tensors; 2-D ones may be row-strided."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ class Geometry:
         kv_heads: int,
         head_dim: int,
         dtype: str,
+        kv_dtype: str,
         page_tokens: int,
         max_sequences: int,
         max_sequence_tokens: int,
@@ -48,6 +50,8 @@ class Geometry:
     def head_dim(self) -> int: ...
     @property
     def dtype(self) -> str: ...
+    @property
+    def kv_dtype(self) -> str: ...
     @property
     def page_tokens(self) -> int: ...
     @property
@@ -72,7 +76,11 @@ def use_kernel(name: str) -> None:
     """Replaces the kernel in this process, for tests and comparisons."""
 
 class PagedKv:
-    """A pool of KV pages in this process. A token's place is (page, offset), in every layer."""
+    """A pool of KV pages in this process. A token's place is (page, offset), in every layer.
+
+    `dtype` is that of rows: float32, bfloat16 or float16. `kv_dtype` is that of KV: the same
+    (the default), or int8. Threads look for work for `spin_us` before they sleep.
+    """
 
     def __init__(
         self,
@@ -83,6 +91,8 @@ class PagedKv:
         pages: int,
         dtype: str = "float32",
         threads: int = 1,
+        kv_dtype: str = "",
+        spin_us: int = 0,
     ) -> None: ...
     def append(self, layer: int, k: Array, v: Array, pages: Int32s, offsets: Int32s) -> None:
         """Writes k, v: [n, kv_heads * head_dim] at places pages, offsets: i32[n]."""
@@ -96,12 +106,19 @@ class PagedKv:
         first_row: Int32s,
         n_rows: Int32s,
         first_position: Int32s,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: Sequence[float] = (),
     ) -> None:
         """Causal attention of segments of rows, scaled by head_dim ** -0.5.
 
         q, out: [rows, heads * head_dim] of the pool's dtype; tables: i32[segments, max_pages];
         the others i32[segments]. Row first_row[s] + r sees tokens 0 .. first_position[s] + r.
         A row's result does not depend on the other rows of the call.
+
+        window: tokens that a row sees at most, itself among them, 0 = all. softcap: scores become
+        softcap * tanh(score / softcap), 0 = not. sinks: a logit per head that takes part in the
+        softmax and adds nothing.
         """
 
     def export_rows(
@@ -129,7 +146,7 @@ class WorkerLink:
     def __init__(self, segment_path: str) -> None: ...
     @property
     def slab(self) -> NDArray[Any]:
-        """Writable [slots, slot_elems], float32, or uint16 for bfloat16: q | k | v | out."""
+        """Writable [slots, slot_elems], float32, or uint16 for 16-bit types: q | k | v | out."""
 
     @property
     def written_len(self) -> NDArray[np.uint32]:
@@ -211,9 +228,18 @@ class ServerLoop:
         """Grows at least ten times a second while the loop is alive."""
 
     def format(
-        self, worker_id: str, epoch: int, segment_id: int, geometry: Geometry, bell_path: str
+        self,
+        worker_id: str,
+        epoch: int,
+        segment_id: int,
+        geometry: Geometry,
+        bell_path: str,
+        layers: Sequence[tuple[int, float, Sequence[float]]] = (),
     ) -> None:
-        """Gives the segment to a new epoch; what it held is lost."""
+        """Gives the segment to a new epoch; what it held is lost.
+
+        layers: (window, softcap, sinks) of each, or none; see PagedKv.attend.
+        """
 
     def rebell(self, bell_path: str) -> None: ...
     def drain(self, timeout_ms: int) -> bool:

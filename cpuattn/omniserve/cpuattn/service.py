@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import threading
@@ -87,6 +88,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
             raise DrainingError("the attention server is stopping")
         geometry = _geometry_of(request.geometry)
         pages = self._pages_for(geometry)
+        _check_layers(request, geometry)
         _check_text("worker_id", request.worker_id, _WORKER_ID_BYTES)
         _check_text("bell_path", request.bell_path, _BELL_PATH_BYTES)
         if not Path(request.bell_path).is_file():
@@ -130,6 +132,7 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
                 secrets.randbits(63),
                 NativeGeometry(**vars(geometry), pages=pages),
                 request.bell_path,
+                [(layer.window, layer.softcap, list(layer.sinks)) for layer in request.layers],
             )
             return
         mine = loop.geometry
@@ -149,6 +152,7 @@ def _geometry_of(message: attention_pb2.Geometry) -> layout.Geometry:
         kv_heads=message.kv_heads,
         head_dim=message.head_dim,
         dtype=message.dtype,  # type: ignore[arg-type]  # check() refuses other names
+        kv_dtype=message.kv_dtype,  # type: ignore[arg-type]
         page_tokens=message.page_tokens,
         max_sequences=message.max_sequences,
         max_sequence_tokens=message.max_sequence_tokens,
@@ -156,6 +160,23 @@ def _geometry_of(message: attention_pb2.Geometry) -> layout.Geometry:
     )
     geometry.check()
     return geometry
+
+
+def _check_layers(request: attention_pb2.AttachRequest, geometry: layout.Geometry) -> None:
+    """Options come for every layer or for none; sinks for every head or for none."""
+    if len(request.layers) not in (0, geometry.layers):
+        raise InvalidArgumentError(
+            f"layers: {len(request.layers)} given for {geometry.layers}", field="layers"
+        )
+    for index, layer in enumerate(request.layers):
+        if len(layer.sinks) not in (0, geometry.heads):
+            field = f"layers[{index}].sinks"
+            raise InvalidArgumentError(
+                f"{field}: {len(layer.sinks)} given for {geometry.heads} heads", field=field
+            )
+        if not (layer.softcap >= 0 and math.isfinite(layer.softcap)):
+            field = f"layers[{index}].softcap"
+            raise InvalidArgumentError(f"{field} must be 0 or positive", field=field)
 
 
 def _check_text(field: str, text: str, limit_bytes: int) -> None:

@@ -64,6 +64,7 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell_path: str) -> 
             kv_heads=config.kv_heads,
             head_dim=config.head_dim,
             dtype=settings.dtype,
+            kv_dtype=settings.dtype if settings.kv_dtype == "auto" else settings.kv_dtype,
             page_tokens=settings.page_tokens,
             max_sequences=settings.be_sequences_max,
             max_sequence_tokens=config.context_tokens,

@@ -39,6 +39,11 @@ class WorkerSettings(BaseSettings):
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of weights, activations and KV."
     )
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="Of KV at the attention servers: auto is `dtype`; int8 has a scale per token "
+        "and head, and nearly halves the bytes.",
+    )
     device: Literal["cpu"] = Field("cpu", description="Device back end.")
     threads: int = Field(2, ge=1, description="Threads of the cpu back end.")
 

@@ -12,11 +12,12 @@
 namespace omniserve::shm {
 
 constexpr std::uint64_t kMagic = 0x314745534E4D4FULL;  // "OMNSEG1"
-constexpr std::uint32_t kLayoutVersion = 1;
+constexpr std::uint32_t kLayoutVersion = 2;
 constexpr std::uint64_t kPageAlign = 4096;
 constexpr std::uint64_t kLine = 64;
 
-enum Dtype : std::uint32_t { kFloat32 = 1, kBfloat16 = 2 };
+// kInt8 is for KV only: one float32 scale per token, kv head, and K or V.
+enum Dtype : std::uint32_t { kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3, kInt8 = 4 };
 
 // What a slot asks for. ATTEND and FREE travel in the request ring, the others in the low one.
 enum Kind : std::uint32_t { kAttend = 1, kCheckpoint = 2, kRestore = 3, kFree = 4 };
@@ -38,7 +39,8 @@ struct Geometry {
   std::uint32_t heads;
   std::uint32_t kv_heads;
   std::uint32_t head_dim;
-  std::uint32_t dtype;  // Dtype of KV and of the rows in slots
+  std::uint32_t dtype;     // Dtype of the rows in slots
+  std::uint32_t kv_dtype;  // Dtype of KV: that of the rows, or kInt8
   std::uint32_t page_tokens;
   std::uint32_t max_sequences;
   std::uint32_t max_sequence_tokens;
@@ -51,6 +53,8 @@ struct Regions {
   std::uint64_t sequence_state;  // atomic u32[max_sequences]
   std::uint64_t written_len;     // atomic u32[max_sequences][layers]
   std::uint64_t page_table;      // i32[max_sequences][max_pages_per_sequence], -1 = none
+  std::uint64_t layer_options;   // LayerOptions[layers]
+  std::uint64_t sinks;           // f32[layers][heads], -inf = none
   std::uint64_t request_ring;    // RingHeader, u64[ring_capacity]; produced by the worker
   std::uint64_t low_ring;        // the same; produced by the worker
   std::uint64_t response_ring;   // the same; produced by the server
@@ -58,6 +62,12 @@ struct Regions {
   std::uint64_t slab;            // [slots][q | k | v | out], worker's but for out, and k, v in RESTORE
   std::uint64_t kv;              // [layers][pages][kv_heads] blocks
   std::uint64_t end;
+};
+
+// What attention of one layer does besides softmax(q k) v.
+struct LayerOptions {
+  std::uint32_t window;  // a token sees the last `window` tokens, itself among them; 0 = all
+  float softcap;         // scores become softcap * tanh(score / softcap); 0 = not
 };
 
 // A futex word with one sleeper. `sleeping` spares the ringer a system call.
@@ -77,10 +87,10 @@ struct Header {
   Geometry geometry;
   std::uint32_t ring_capacity;
   std::uint32_t max_pages_per_sequence;
+  std::uint32_t padding;
   Regions regions;
   char worker_id[64];
   char bell_path[256];
-  std::uint8_t reserved[24];
   Doorbell doorbell;  // rung by the worker after it published requests
 };
 
@@ -122,7 +132,15 @@ constexpr std::uint64_t align_up(std::uint64_t value, std::uint64_t to) {
   return (value + to - 1) / to * to;
 }
 
-constexpr std::uint64_t dtype_bytes(std::uint32_t dtype) { return dtype == kBfloat16 ? 2 : 4; }
+constexpr std::uint64_t dtype_bytes(std::uint32_t dtype) {
+  return dtype == kFloat32 ? 4 : dtype == kInt8 ? 1 : 2;
+}
+
+// Neighbours along the summed dimension that lie side by side: what one dot-product instruction
+// takes.
+constexpr std::uint32_t packing(std::uint32_t kv_dtype) {
+  return kv_dtype == kInt8 ? 4 : kv_dtype == kBfloat16 ? 2 : 1;
+}
 
 // Power of two. A slot can have two entries in the response ring: the answer to its message, and
 // one that a restarted server repeats because it cannot know whether the worker consumed it.
@@ -136,9 +154,16 @@ constexpr std::uint64_t slot_elems(const Geometry& g) {
   return 2ULL * (g.heads + g.kv_heads) * g.head_dim;
 }
 
-// One (layer, page, kv head): K [head_dim][page_tokens], then V [page_tokens][head_dim].
+// What an inner loop of the kernel covers: tokens of K, dimensions of V. It reads on in memory.
+constexpr std::uint32_t kGroupLanes = 32;
+
+// One (layer, page, kv head), with P = packing(kv_dtype) and G = kGroupLanes:
+//   K [page_tokens / G][head_dim / P][G][P], then V [head_dim / G][page_tokens / P][G][P],
+// the last group being narrower where G does not divide; for kInt8 then float32 scales of K
+// [page_tokens], of V [page_tokens]. kInt8 holds K + 128 as unsigned bytes, V as signed ones.
 constexpr std::uint64_t block_bytes(const Geometry& g) {
-  return 2ULL * g.head_dim * g.page_tokens * dtype_bytes(g.dtype);
+  const std::uint64_t scales = g.kv_dtype == kInt8 ? 2ULL * g.page_tokens * sizeof(float) : 0;
+  return 2ULL * g.head_dim * g.page_tokens * dtype_bytes(g.kv_dtype) + scales;
 }
 
 // One page id: its blocks in all layers.
@@ -161,6 +186,10 @@ constexpr Regions regions_of(const Geometry& g) {
   at = align_up(at + 4ULL * g.max_sequences * g.layers, kLine);
   r.page_table = at;
   at = align_up(at + 4ULL * g.max_sequences * max_pages_per_sequence(g), kLine);
+  r.layer_options = at;
+  at = align_up(at + sizeof(LayerOptions) * g.layers, kLine);
+  r.sinks = at;
+  at = align_up(at + sizeof(float) * g.layers * g.heads, kLine);
   r.request_ring = at;
   at = align_up(at + ring_bytes, kLine);
   r.low_ring = at;

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from omniserve.errors import InvalidArgumentError
 
 MAGIC = 0x314745534E4D4F  # "OMNSEG1"
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 PAGE_ALIGN_BYTES = 4096
 LINE_BYTES = 64
 
-Dtype = Literal["float32", "bfloat16"]
-DTYPE_CODE: dict[str, int] = {"float32": 1, "bfloat16": 2}
-DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+KvDtype = Literal["float32", "bfloat16", "float16", "int8"]
+DTYPE_CODE: dict[str, int] = {"float32": 1, "bfloat16": 2, "float16": 3, "int8": 4}
+DTYPE_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 
 KIND_ATTEND = 1
 KIND_CHECKPOINT = 2
@@ -44,6 +45,7 @@ class CGeometry(ctypes.LittleEndianStructure):
         ("kv_heads", _U32),
         ("head_dim", _U32),
         ("dtype", _U32),
+        ("kv_dtype", _U32),
         ("page_tokens", _U32),
         ("max_sequences", _U32),
         ("max_sequence_tokens", _U32),
@@ -57,6 +59,8 @@ class CRegions(ctypes.LittleEndianStructure):
         ("sequence_state", _U64),
         ("written_len", _U64),
         ("page_table", _U64),
+        ("layer_options", _U64),
+        ("sinks", _U64),
         ("request_ring", _U64),
         ("low_ring", _U64),
         ("response_ring", _U64),
@@ -65,6 +69,10 @@ class CRegions(ctypes.LittleEndianStructure):
         ("kv", _U64),
         ("end", _U64),
     )
+
+
+class CLayerOptions(ctypes.LittleEndianStructure):
+    _fields_ = (("window", _U32), ("softcap", ctypes.c_float))
 
 
 class CDoorbell(ctypes.LittleEndianStructure):
@@ -82,10 +90,10 @@ class CHeader(ctypes.LittleEndianStructure):
         ("geometry", CGeometry),
         ("ring_capacity", _U32),
         ("max_pages_per_sequence", _U32),
+        ("padding", _U32),
         ("regions", CRegions),
         ("worker_id", ctypes.c_char * 64),
         ("bell_path", ctypes.c_char * 256),
-        ("reserved", _U8 * 24),
         ("doorbell", CDoorbell),
     )
 
@@ -128,6 +136,7 @@ class Geometry:
     kv_heads: int
     head_dim: int
     dtype: Dtype
+    kv_dtype: KvDtype
     page_tokens: int
     max_sequences: int
     max_sequence_tokens: int
@@ -144,8 +153,9 @@ class Geometry:
 
     @property
     def block_bytes(self) -> int:
-        """One (layer, page, kv head): K [head_dim][page_tokens], V [page_tokens][head_dim]."""
-        return 2 * self.head_dim * self.page_tokens * DTYPE_BYTES[self.dtype]
+        """K and V of one (layer, page, kv head), and their scales if `kv_dtype` is int8."""
+        scales = 8 * self.page_tokens if self.kv_dtype == "int8" else 0
+        return 2 * self.head_dim * self.page_tokens * DTYPE_BYTES[self.kv_dtype] + scales
 
     @property
     def page_bytes(self) -> int:
@@ -154,8 +164,10 @@ class Geometry:
 
     def check(self) -> None:
         """Raises InvalidArgumentError that names the field which the kernels cannot serve."""
-        if self.dtype not in DTYPE_CODE:
-            raise _bad("dtype", f"must be float32 or bfloat16, not {self.dtype!r}")
+        if self.dtype not in get_args(Dtype):
+            raise _bad("dtype", f"must be one of {get_args(Dtype)}, not {self.dtype!r}")
+        if self.kv_dtype not in (self.dtype, "int8"):
+            raise _bad("kv_dtype", f"must be {self.dtype} or int8, not {self.kv_dtype!r}")
         for name, low, high, multiple in _LIMITS:
             value = getattr(self, name)
             if not low <= value <= high or value % multiple:
@@ -196,7 +208,10 @@ def regions(geometry: Geometry, pages: int) -> dict[str, int]:
     r["written_len"] = _align(r["sequence_state"] + 4 * g.max_sequences, LINE_BYTES)
     r["page_table"] = _align(r["written_len"] + 4 * g.max_sequences * g.layers, LINE_BYTES)
     table_bytes = 4 * g.max_sequences * g.max_pages_per_sequence
-    r["request_ring"] = _align(r["page_table"] + table_bytes, LINE_BYTES)
+    r["layer_options"] = _align(r["page_table"] + table_bytes, LINE_BYTES)
+    options_bytes = ctypes.sizeof(CLayerOptions) * g.layers
+    r["sinks"] = _align(r["layer_options"] + options_bytes, LINE_BYTES)
+    r["request_ring"] = _align(r["sinks"] + 4 * g.layers * g.heads, LINE_BYTES)
     r["low_ring"] = _align(r["request_ring"] + ring_bytes, LINE_BYTES)
     r["response_ring"] = _align(r["low_ring"] + ring_bytes, LINE_BYTES)
     r["slot_headers"] = _align(r["response_ring"] + ring_bytes, LINE_BYTES)

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from omniserve.v1 import status_pb2 as omniserve_dot_v1_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%omniserve/internal/v1/attention.proto\x12\x15omniserve.internal.v1\x1a\x19omniserve/v1/status.proto\"\xb4\x01\n\x08Geometry\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\r\n\x05heads\x18\x02 \x01(\r\x12\x10\n\x08kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x06 \x01(\r\x12\x15\n\rmax_sequences\x18\x07 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x08 \x01(\r\x12\r\n\x05slots\x18\t \x01(\r\"w\n\rAttachRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x31\n\x08geometry\x18\x03 \x01(\x0b\x32\x1f.omniserve.internal.v1.Geometry\x12\x11\n\tbell_path\x18\x04 \x01(\t\"\\\n\x0e\x41ttachResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x14\n\x0csegment_path\x18\x02 \x01(\t\x12\x12\n\nsegment_id\x18\x03 \x01(\x04\x12\r\n\x05pages\x18\x04 \x01(\r\"\x11\n\x0fGetStatsRequest\"F\n\x10GetStatsResponse\x12\x32\n\x05stats\x18\x01 \x01(\x0b\x32#.omniserve.v1.AttentionServerStatus\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse2\x9a\x02\n\x10\x41ttentionService\x12U\n\x06\x41ttach\x12$.omniserve.internal.v1.AttachRequest\x1a%.omniserve.internal.v1.AttachResponse\x12[\n\x08GetStats\x12&.omniserve.internal.v1.GetStatsRequest\x1a\'.omniserve.internal.v1.GetStatsResponse\x12R\n\x05\x44rain\x12#.omniserve.internal.v1.DrainRequest\x1a$.omniserve.internal.v1.DrainResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%omniserve/internal/v1/attention.proto\x12\x15omniserve.internal.v1\x1a\x19omniserve/v1/status.proto\"\xc6\x01\n\x08Geometry\x12\x0e\n\x06layers\x18\x01 \x01(\r\x12\r\n\x05heads\x18\x02 \x01(\r\x12\x10\n\x08kv_heads\x18\x03 \x01(\r\x12\x10\n\x08head_dim\x18\x04 \x01(\r\x12\r\n\x05\x64type\x18\x05 \x01(\t\x12\x13\n\x0bpage_tokens\x18\x06 \x01(\r\x12\x15\n\rmax_sequences\x18\x07 \x01(\r\x12\x1b\n\x13max_sequence_tokens\x18\x08 \x01(\r\x12\r\n\x05slots\x18\t \x01(\r\x12\x10\n\x08kv_dtype\x18\n \x01(\t\">\n\x0cLayerOptions\x12\x0e\n\x06window\x18\x01 \x01(\r\x12\x0f\n\x07softcap\x18\x02 \x01(\x02\x12\r\n\x05sinks\x18\x03 \x03(\x02\"\xac\x01\n\rAttachRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x31\n\x08geometry\x18\x03 \x01(\x0b\x32\x1f.omniserve.internal.v1.Geometry\x12\x11\n\tbell_path\x18\x04 \x01(\t\x12\x33\n\x06layers\x18\x05 \x03(\x0b\x32#.omniserve.internal.v1.LayerOptions\"\\\n\x0e\x41ttachResponse\x12\x11\n\tserver_id\x18\x01 \x01(\t\x12\x14\n\x0csegment_path\x18\x02 \x01(\t\x12\x12\n\nsegment_id\x18\x03 \x01(\x04\x12\r\n\x05pages\x18\x04 \x01(\r\"\x11\n\x0fGetStatsRequest\"F\n\x10GetStatsResponse\x12\x32\n\x05stats\x18\x01 \x01(\x0b\x32#.omniserve.v1.AttentionServerStatus\"\x0e\n\x0c\x44rainRequest\"\x0f\n\rDrainResponse2\x9a\x02\n\x10\x41ttentionService\x12U\n\x06\x41ttach\x12$.omniserve.internal.v1.AttachRequest\x1a%.omniserve.internal.v1.AttachResponse\x12[\n\x08GetStats\x12&.omniserve.internal.v1.GetStatsRequest\x1a\'.omniserve.internal.v1.GetStatsResponse\x12R\n\x05\x44rain\x12#.omniserve.internal.v1.DrainRequest\x1a$.omniserve.internal.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,19 +33,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omniserve.internal.v1.atten
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GEOMETRY']._serialized_start=92
-  _globals['_GEOMETRY']._serialized_end=272
-  _globals['_ATTACHREQUEST']._serialized_start=274
-  _globals['_ATTACHREQUEST']._serialized_end=393
-  _globals['_ATTACHRESPONSE']._serialized_start=395
-  _globals['_ATTACHRESPONSE']._serialized_end=487
-  _globals['_GETSTATSREQUEST']._serialized_start=489
-  _globals['_GETSTATSREQUEST']._serialized_end=506
-  _globals['_GETSTATSRESPONSE']._serialized_start=508
-  _globals['_GETSTATSRESPONSE']._serialized_end=578
-  _globals['_DRAINREQUEST']._serialized_start=580
-  _globals['_DRAINREQUEST']._serialized_end=594
-  _globals['_DRAINRESPONSE']._serialized_start=596
-  _globals['_DRAINRESPONSE']._serialized_end=611
-  _globals['_ATTENTIONSERVICE']._serialized_start=614
-  _globals['_ATTENTIONSERVICE']._serialized_end=896
+  _globals['_GEOMETRY']._serialized_end=290
+  _globals['_LAYEROPTIONS']._serialized_start=292
+  _globals['_LAYEROPTIONS']._serialized_end=354
+  _globals['_ATTACHREQUEST']._serialized_start=357
+  _globals['_ATTACHREQUEST']._serialized_end=529
+  _globals['_ATTACHRESPONSE']._serialized_start=531
+  _globals['_ATTACHRESPONSE']._serialized_end=623
+  _globals['_GETSTATSREQUEST']._serialized_start=625
+  _globals['_GETSTATSREQUEST']._serialized_end=642
+  _globals['_GETSTATSRESPONSE']._serialized_start=644
+  _globals['_GETSTATSRESPONSE']._serialized_end=714
+  _globals['_DRAINREQUEST']._serialized_start=716
+  _globals['_DRAINREQUEST']._serialized_end=730
+  _globals['_DRAINRESPONSE']._serialized_start=732
+  _globals['_DRAINRESPONSE']._serialized_end=747
+  _globals['_ATTENTIONSERVICE']._serialized_start=750
+  _globals['_ATTENTIONSERVICE']._serialized_end=1032
 # @@protoc_insertion_point(module_scope)

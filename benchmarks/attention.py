@@ -1,0 +1,195 @@
+"""Decode attention of the native kernel against what this machine can read and multiply.
+
+For each geometry, context, batch and number of threads it alternates calls of the kernel (over at
+least 128 MiB of distinct KV, so that no cache serves it), read loops over as much memory, and
+`scaled_dot_product_attention` on contiguous KV of the same shape.
+
+    python benchmarks/attention.py --json
+
+`fraction` is KV bytes read per second over `limit_gbs`: the best read loop of the same run, or what
+the bfloat16 peak lets through if that is less. A fraction over 1.02 fails the run: then the loops
+are too weak. `int8_speedup` is tokens per second with int8 KV over bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from omniserve.attnkernel import kernel_name
+from omniserve.attnkernel._bench import AttentionProbe, ReadProbe, bf16_flops
+
+GEOMETRIES = ((9, 3, 64), (32, 8, 128), (64, 8, 128), (32, 32, 128))
+CONTEXTS = (1024, 4096, 16384)
+BATCHES = (1, 8, 32)
+PAGE_TOKENS = 64
+DISTINCT_BYTES = 128 << 20
+# Below this many tokens a call is so short that starting it counts.
+LONG_TOKENS = 8192
+TOO_FAST = 1.02
+SETTLE_S = 0.003
+
+
+@dataclass(frozen=True)
+class Shape:
+    heads: int
+    kv_heads: int
+    dim: int
+    context: int
+    batch: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """K and V in bfloat16."""
+        return 4 * self.batch * self.context * self.kv_heads * self.dim
+
+    @property
+    def sets(self) -> int:
+        """So many calls go by before one reads the same KV again."""
+        return -(-DISTINCT_BYTES // self.kv_bytes)
+
+    def probe(self, kv_dtype: str, threads: int, *, fragmented: bool = False) -> AttentionProbe:
+        return AttentionProbe(
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.dim,
+            kv_dtype=kv_dtype,
+            page_tokens=PAGE_TOKENS,
+            context=self.context,
+            rows=1,
+            batch=self.batch,
+            sets=self.sets,
+            threads=threads,
+            fragmented=fragmented,
+        )
+
+
+class Sdpa:
+    """torch's attention over contiguous KV; calls rotate over distinct KV as well."""
+
+    def __init__(self, shape: Shape) -> None:
+        kv = (shape.batch, shape.kv_heads, shape.context, shape.dim)
+        sets = shape.sets
+        self._k = [torch.zeros(kv, dtype=torch.bfloat16) for _ in range(sets)]
+        self._v = [torch.zeros(kv, dtype=torch.bfloat16) for _ in range(sets)]
+        self._q = torch.randn(shape.batch, shape.heads, 1, shape.dim).bfloat16()
+        self._grouped = shape.heads != shape.kv_heads
+        self._set = 0
+
+    def run(self) -> float:
+        self._set = (self._set + 1) % len(self._k)
+        k, v = self._k[self._set], self._v[self._set]
+        start = time.perf_counter()
+        F.scaled_dot_product_attention(self._q, k, v, enable_gqa=self._grouped)
+        return time.perf_counter() - start
+
+
+def alternate(rounds: int, calls: int, sides: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
+    """Runs each side in turn, `calls` times a round, after a pause and a call that is not counted.
+
+    The pause lets the threads of the side before fall asleep.
+    """
+    results: dict[str, list[Any]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            time.sleep(SETTLE_S)
+            run()
+            results[name] += [run() for _ in range(1 if name in ("read", "sdpa") else calls)]
+    return results
+
+
+def measure(
+    shape: Shape, threads: int, reader: ReadProbe, flops: float, rounds: int
+) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    int8 = shape.heads <= 4 * shape.kv_heads
+    sides: dict[str, Callable[[], Any]] = {
+        "read": reader.sweep,
+        "bfloat16": shape.probe("bfloat16", threads).run,
+        "sdpa": Sdpa(shape).run,
+    }
+    if int8:
+        sides["int8"] = shape.probe("int8", threads).run
+    sides["fragmented"] = shape.probe("bfloat16", threads, fragmented=True).run
+    calls = max(1, min(40, (1 << 30) // shape.kv_bytes))
+    with torch.inference_mode():
+        took = alternate(rounds, calls, sides)
+    seconds = {name: statistics.median(took[name]) for name in sides if name != "read"}
+    bandwidth = max(statistics.median(rates) for rates in zip(*took["read"], strict=True))
+    limit = bandwidth
+    group = shape.heads // shape.kv_heads
+    if group >= 8 and flops:
+        # Each KV element takes part in two operations of every query head of its group.
+        limit = min(limit, flops / group)
+    rate = shape.kv_bytes / seconds["bfloat16"]
+    return {
+        "geometry": f"{shape.heads}/{shape.kv_heads}/{shape.dim}",
+        "context": shape.context,
+        "batch": shape.batch,
+        "threads": threads,
+        "kv_gbs": round(rate / 1e9, 2),
+        "limit_gbs": round(limit / 1e9, 2),
+        "fraction": round(rate / limit, 3),
+        "fragmented_fraction": round(shape.kv_bytes / seconds["fragmented"] / limit, 3),
+        "sdpa_speedup": round(seconds["sdpa"] / seconds["bfloat16"], 2),
+        "int8_speedup": round(seconds["bfloat16"] / seconds["int8"], 2) if int8 else None,
+    }
+
+
+def main() -> int:
+    options = _options()
+    cores = len(os.sched_getaffinity(0))
+    cases = []
+    for threads in sorted({1, cores}):
+        reader = ReadProbe(2 * DISTINCT_BYTES, threads)
+        flops = statistics.median(bf16_flops(threads) for _ in range(5))
+        for geometry, context, batch in itertools.product(GEOMETRIES, CONTEXTS, BATCHES):
+            shape = Shape(*geometry, context, batch)
+            if 3 * shape.kv_bytes > options.memory_gib << 30:
+                print(f"skipped: {shape} needs more than --memory-gib", file=sys.stderr)
+                continue
+            case = measure(shape, threads, reader, flops, options.rounds)
+            cases.append(case)
+            print(json.dumps(case), file=sys.stderr, flush=True)
+    all_threads = [case for case in cases if case["threads"] == cores]
+    long = [c["fraction"] for c in all_threads if c["batch"] * c["context"] >= LONG_TOKENS]
+    speedups = [c["int8_speedup"] for c in all_threads if c["int8_speedup"]]
+    report = {
+        "kernel": kernel_name(),
+        "cases": cases,
+        "min_fraction_all_threads": min(c["fraction"] for c in all_threads),
+        "min_fraction_long_all_threads": min(long),
+        "median_fraction_all_threads": statistics.median(c["fraction"] for c in all_threads),
+        "median_sdpa_speedup": statistics.median(c["sdpa_speedup"] for c in all_threads),
+        "int8_speedup": statistics.median(speedups),
+    }
+    print(json.dumps(report) if options.json else json.dumps(report, indent=2))
+    weak = [c for c in cases if c["fraction"] > TOO_FAST]
+    if weak:
+        print(f"the read loops are too weak: {weak}", file=sys.stderr)
+    return 1 if weak else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="of each side (default 5)")
+    parser.add_argument(
+        "--memory-gib", type=int, default=16, help="leave out cases that need more (default 16)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, last")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

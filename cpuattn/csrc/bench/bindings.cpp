@@ -1,0 +1,6 @@
+#include "probes.h"
+
+NB_MODULE(_bench, m) {
+  omniserve::bind_attention(m);
+  omniserve::bind_bandwidth(m);
+}

@@ -1,0 +1,52 @@
+"""What benchmarks time: limits of this machine, and attention with nothing of Python in the time.
+
+Threads of an object look for work for a millisecond after each call. Another object is timed fairly
+only when they are asleep.
+"""
+
+def read_loops() -> list[str]:
+    """Names of the read loops, in the order of `ReadProbe.sweep`."""
+
+def bf16_flops(threads: int) -> float:
+    """Floating-point operations per second of bfloat16 dot products that stay in registers.
+
+    0 where this machine has no such instruction.
+    """
+
+class ReadProbe:
+    """Memory that each of several read loops runs over."""
+
+    def __init__(self, bytes: int, threads: int) -> None: ...
+    @property
+    def bytes(self) -> int: ...
+    def sweep(self) -> list[float]:
+        """Bytes per second of one run of each loop."""
+
+class AttentionProbe:
+    """Sets of `batch` sequences of `context` tokens; every call attends the next set.
+
+    One row of each sequence decodes, or `rows` > 1 of them are a chunk of a prompt that comes
+    behind the context. Pages lie in the order of their tokens unless `fragmented`.
+    """
+
+    def __init__(
+        self,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        kv_dtype: str,
+        page_tokens: int,
+        context: int,
+        rows: int,
+        batch: int,
+        sets: int,
+        threads: int,
+        fragmented: bool = False,
+    ) -> None: ...
+    @property
+    def kv_bytes(self) -> int:
+        """KV that one call reads."""
+
+    def run(self) -> float:
+        """Seconds of one call."""
