@@ -29,13 +29,15 @@ std::uint32_t code_of(const std::string& name) {
   throw std::invalid_argument("no dtype " + name);
 }
 
-// Some sets of sequences of one length in pages of random order, bfloat16 rows. Each call takes
-// the next set, so that no cache holds what it reads.
+// Some sets of sequences of one length, bfloat16 rows. Each call takes the next set, so that no
+// cache holds what it reads. Pages of a sequence follow one another, as a page pool gives them to
+// it while it can, or lie anywhere (`fragmented`).
 class AttentionProbe {
  public:
   AttentionProbe(std::uint32_t heads, std::uint32_t kv_heads, std::uint32_t head_dim,
                  const std::string& kv_dtype, std::uint32_t page_tokens, std::uint32_t context,
-                 std::uint32_t rows, std::uint32_t batch, std::uint32_t sets, unsigned threads)
+                 std::uint32_t rows, std::uint32_t batch, std::uint32_t sets, unsigned threads,
+                 bool fragmented)
       : heads_(heads),
         rows_(rows),
         context_(context),
@@ -47,7 +49,7 @@ class AttentionProbe {
     tables_.resize(std::size_t{max_pages_} * batch * sets);
     std::iota(tables_.begin(), tables_.end(), 0);
     std::mt19937 draw(1);
-    if (!getenv("OMNI_SEQ")) std::shuffle(tables_.begin(), tables_.end(), draw);
+    if (fragmented) std::shuffle(tables_.begin(), tables_.end(), draw);
     fill(draw);
     const std::size_t q_size = std::size_t{heads} * head_dim;
     q_ = random_rows(draw, std::size_t{batch} * rows * q_size);
@@ -115,9 +117,11 @@ void bind_attention(nb::module_& m) {
   using Release = nb::call_guard<nb::gil_scoped_release>;
   nb::class_<AttentionProbe>(m, "AttentionProbe")
       .def(nb::init<std::uint32_t, std::uint32_t, std::uint32_t, const std::string&, std::uint32_t,
-                    std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t, unsigned>(),
+                    std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t, unsigned,
+                    bool>(),
            nb::kw_only(), "heads"_a, "kv_heads"_a, "head_dim"_a, "kv_dtype"_a, "page_tokens"_a,
-           "context"_a, "rows"_a, "batch"_a, "sets"_a, "threads"_a)
+           "context"_a, "rows"_a, "batch"_a, "sets"_a, "threads"_a,
+           "fragmented"_a = false)
       .def_prop_ro("kv_bytes", &AttentionProbe::kv_bytes)
       .def("run", &AttentionProbe::run, Release());
 }
