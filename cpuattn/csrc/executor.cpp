@@ -5,6 +5,11 @@
 #include <utility>
 
 namespace omniserve {
+namespace {
+
+std::uint64_t mark(const Message& m) { return std::uint64_t{1} << 32 | m.generation; }
+
+}  // namespace
 
 Executor::Executor(const SegmentView& segment, ThreadPool& threads)
     : segment_(segment),
@@ -14,7 +19,13 @@ Executor::Executor(const SegmentView& segment, ThreadPool& threads)
       parts_(segment.geometry()),
       elem_bytes_(shm::dtype_bytes(segment.geometry().dtype)),
       token_bytes_(2ULL * segment.geometry().kv_heads * segment.geometry().head_dim * elem_bytes_),
+      taken_(segment.geometry().slots, 0),
       attended_in_(segment.geometry().max_sequences, 0) {}
+
+void Executor::prefetch(std::uint64_t entry) const {
+  const std::uint32_t slot = shm::entry_slot(entry);
+  if (slot < segment_.geometry().slots) __builtin_prefetch(&segment_.slot(slot), 1);
+}
 
 std::optional<Message> Executor::resolve(std::uint64_t entry) {
   const std::uint32_t slot = shm::entry_slot(entry);
@@ -22,22 +33,36 @@ std::optional<Message> Executor::resolve(std::uint64_t entry) {
     ++stats_.errors;
     return std::nullopt;
   }
-  const shm::SlotHeader& h = segment_.slot(slot);
-  const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
-  // Stale, or answered already: after a restart a message can be found twice.
-  if (generation != shm::entry_generation(entry) ||
-      generation == h.done_generation.load(std::memory_order_relaxed))
+  const auto message = take(slot);
+  if (!message || message->generation != shm::entry_generation(entry)) return std::nullopt;
+  if (taken_[slot] != 0) {
+    // After a restart a message can be found in its slot and then in a ring: that is no error.
+    if (taken_[slot] != mark(*message)) ++stats_.errors;
     return std::nullopt;
-  return Message{slot, generation, h.kind, h.layer, h.sequence, h.position};
+  }
+  taken_[slot] = mark(*message);
+  return message;
 }
 
-std::vector<Message> Executor::unanswered() const {
+// Nothing if the slot's last message was answered.
+std::optional<Message> Executor::take(std::uint32_t slot) {
+  const shm::SlotHeader& h = segment_.slot(slot);
+  const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
+  if (generation == h.done_generation.load(std::memory_order_relaxed)) return std::nullopt;
+  // Read once: a hostile worker may write them meanwhile, and what was checked must be what is used.
+  const auto once = [](const std::uint32_t& field) {
+    return __atomic_load_n(&field, __ATOMIC_RELAXED);
+  };
+  return Message{slot, generation, once(h.kind), once(h.layer), once(h.sequence), once(h.position)};
+}
+
+std::vector<Message> Executor::unanswered() {
   std::vector<Message> found;
   for (std::uint32_t slot = 0; slot < segment_.geometry().slots; ++slot) {
-    const shm::SlotHeader& h = segment_.slot(slot);
-    const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
-    if (generation != h.done_generation.load(std::memory_order_relaxed))
-      found.push_back({slot, generation, h.kind, h.layer, h.sequence, h.position});
+    const auto message = take(slot);
+    if (!message || taken_[slot] != 0) continue;
+    taken_[slot] = mark(*message);
+    found.push_back(*message);
   }
   std::sort(found.begin(), found.end(), [](const Message& a, const Message& b) {
     return std::tie(a.sequence, a.position) < std::tie(b.sequence, b.position);
@@ -91,8 +116,7 @@ std::uint32_t Executor::validate(const Message& m) const {
 }
 
 Executor::Turn Executor::turn(const Message& m) const {
-  const std::uint32_t written =
-      segment_.written_len(m.sequence)[m.layer].load(std::memory_order_relaxed);
+  const std::uint32_t written = pool_.length(m.sequence, m.layer);
   if (written < m.position) return Turn::kLater;
   return written <= m.position + 1 ? Turn::kNow : Turn::kNever;
 }
@@ -103,7 +127,7 @@ std::uint32_t Executor::append(const Message& m) {
   const std::byte* row = segment_.slab_row(m.slot);
   pages_.write(m.layer, page, m.position % segment_.geometry().page_tokens,
                row + parts_.k * elem_bytes_, row + parts_.v * elem_bytes_);
-  segment_.written_len(m.sequence)[m.layer].store(m.position + 1, std::memory_order_release);
+  pool_.set_length(m.sequence, m.layer, m.position + 1);
   return shm::kOk;
 }
 
@@ -132,7 +156,7 @@ void Executor::attend_group(const Message* begin, const Message* end) {
     attended_in_[m->sequence] = group_;
     std::byte* row = segment_.slab_row(m->slot);
     attending_.push_back(*m);
-    segments_.push_back({segment_.page_table(m->sequence), row + parts_.q * elem_bytes_,
+    segments_.push_back({pool_.table(m->sequence), row + parts_.q * elem_bytes_,
                          row + parts_.out * elem_bytes_, 0, 0, 1, m->position});
     stats_.kv_bytes_read += (m->position + 1) * token_bytes_;
   }
@@ -156,14 +180,13 @@ void Executor::checkpoint(const Message& m) {
 
 void Executor::restore(const Message& m) {
   if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
-  const std::uint32_t written =
-      segment_.written_len(m.sequence)[m.layer].load(std::memory_order_relaxed);
+  const std::uint32_t written = pool_.length(m.sequence, m.layer);
   if (written <= m.position) {
     deferred_.push_back(m);
     return;
   }
   const shm::Geometry& g = segment_.geometry();
-  const std::int32_t page = segment_.page_table(m.sequence)[m.position / g.page_tokens];
+  const std::int32_t page = pool_.table(m.sequence)[m.position / g.page_tokens];
   if (page < 0) return answer(m, shm::kNoPage);
   std::byte* row = segment_.slab_row(m.slot);
   pages_.read(m.layer, page, m.position % g.page_tokens, row + parts_.k * elem_bytes_,
@@ -184,8 +207,7 @@ void Executor::free_sequence(const Message& m) {
 
 void Executor::answer(const Message& m, std::uint32_t status) {
   shm::SlotHeader& h = segment_.slot(m.slot);
-  // The same message can wait twice after a restart; it is answered once.
-  if (h.done_generation.load(std::memory_order_relaxed) == m.generation) return;
+  taken_[m.slot] = 0;
   if (status != shm::kOk) ++stats_.errors;
   h.status = status;
   h.done_generation.store(m.generation, std::memory_order_release);

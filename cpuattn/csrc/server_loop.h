@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "executor.h"
+#include "ring.h"
 
 namespace omniserve {
 
@@ -24,6 +25,13 @@ struct LoopOptions {
   std::uint64_t fault_seed = 0;
 };
 
+// Whose segment it is. The header says the same, but the worker can write there.
+struct Owner {
+  std::string worker_id;
+  std::uint64_t epoch = 0;
+  std::uint64_t segment_id = 0;
+};
+
 class ServerLoop {
  public:
   // Maps the arena at `path`, adopts the segment in it if it is whole, and starts.
@@ -33,8 +41,9 @@ class ServerLoop {
   // Why the file's segment was not adopted; "" if it was.
   const std::string& not_adopted() const { return not_adopted_; }
   bool attached() const { return attached_.load(std::memory_order_acquire); }
-  // Only valid while attached.
-  const shm::Header& header() const { return segment_.header(); }
+  // Only valid while attached, and between calls of format.
+  const Owner& owner() const { return owner_; }
+  const shm::Geometry& geometry() const { return segment_.geometry(); }
 
   // Formats the segment for a new epoch; what it held is lost.
   void format(const std::string& worker_id, std::uint64_t epoch, std::uint64_t segment_id,
@@ -59,20 +68,22 @@ class ServerLoop {
   };
 
   void run();
+  bool spin();
   bool step();
+  bool take(RingConsumer& ring, std::size_t limit);
   bool drained();
   void execute();
   void respond();
   void release_held();
-  void open();
+  void open(const shm::Geometry& geometry);
   void recover();
   void check_idle();
   std::int64_t sleep_us();
-  void spin(std::uint32_t seen);
 
   LoopOptions options_;
   Mapping mapping_;
   SegmentView segment_;
+  Owner owner_;
   std::string not_adopted_;
   std::unique_ptr<ThreadPool> threads_;
   Mapping bell_;
@@ -80,15 +91,17 @@ class ServerLoop {
   // All below is guarded by mutex_, which the loop holds for one step at a time.
   std::mutex mutex_;
   std::unique_ptr<Executor> executor_;
-  Ring requests_;
-  Ring low_;
-  Ring responses_;
+  RingConsumer requests_;
+  RingConsumer low_;
+  RingProducer responses_;
+  std::vector<std::uint64_t> entries_;
   std::vector<Message> batch_;
   std::vector<std::uint64_t> answers_;
   std::priority_queue<Held, std::vector<Held>, std::greater<Held>> held_;
   std::mt19937_64 delays_;
   std::uint64_t integrity_errors_ = 0;
-  bool checked_ = true;
+  bool checked_ = true;   // since the last message
+  bool damaged_ = false;  // a failed check was reported
 
   std::atomic<bool> attached_{false};
   std::atomic<bool> visitor_{false};  // asks the loop to let go of mutex_

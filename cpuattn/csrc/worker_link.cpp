@@ -7,19 +7,22 @@ namespace omniserve {
 WorkerLink::WorkerLink(const std::string& path) : mapping_(path) {
   const auto refuse = [&](const char* why) { throw std::runtime_error(path + ": " + why); };
   if (mapping_.size() < sizeof(shm::Header)) refuse("shorter than a segment's header");
-  segment_ = SegmentView(mapping_.data());
-  const shm::Header& header = segment_.header();
+  const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping_.data());
   if (header.ready.load(std::memory_order_acquire) != 1) refuse("the segment is not ready");
   if (header.magic != shm::kMagic) refuse("not a segment");
   if (header.layout_version != shm::kLayoutVersion) refuse("another layout version");
-  if (header.regions.end > mapping_.size()) refuse("the segment is truncated");
+  const shm::Geometry geometry = header.geometry;
+  check_geometry(geometry);
+  segment_ = SegmentView(mapping_.data(), geometry);
+  const shm::Regions& regions = segment_.regions();
+  if (regions.end > mapping_.size()) refuse("the segment is truncated");
   epoch_ = header.epoch;
   segment_id_ = header.segment_id;
-  const std::uint32_t capacity = header.ring_capacity;
-  request_.ring = Ring(segment_.at_offset(header.regions.request_ring), capacity);
-  low_.ring = Ring(segment_.at_offset(header.regions.low_ring), capacity);
-  responses_ = Ring(segment_.at_offset(header.regions.response_ring), capacity);
-  const std::uint32_t slots = header.geometry.slots;
+  const std::uint32_t capacity = shm::ring_capacity(geometry.slots);
+  request_.ring = RingProducer(segment_.at_offset(regions.request_ring), capacity);
+  low_.ring = RingProducer(segment_.at_offset(regions.low_ring), capacity);
+  responses_ = RingConsumer(segment_.at_offset(regions.response_ring), capacity);
+  const std::uint32_t slots = geometry.slots;
   in_use_.resize(slots, 0);
   generation_.resize(slots);
   for (std::uint32_t s = 0; s < slots; ++s)
@@ -83,8 +86,8 @@ void WorkerLink::poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t
     const bool sent = flush(request_);
     if (flush(low_) || sent) ring_bell(segment_.header().doorbell);
   }
-  std::uint64_t entry = 0;
-  while (responses_.pop(entry)) {
+  bool took = false;
+  for (std::uint64_t entry = 0; responses_.pop(entry); took = true) {
     const std::uint32_t slot = shm::entry_slot(entry);
     // A restarted server repeats answers that were consumed: their message is not outstanding.
     if (slot >= in_use_.size() || !in_use_[slot] ||
@@ -95,6 +98,7 @@ void WorkerLink::poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t
     slots.push_back(static_cast<std::int32_t>(slot));
     statuses.push_back(static_cast<std::uint8_t>(segment_.slot(slot).status));
   }
+  if (took) responses_.release();
 }
 
 void WorkerLink::check_integrity() const {

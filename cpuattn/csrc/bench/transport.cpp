@@ -1,0 +1,4 @@
+#include <nanobind/nanobind.h>
+namespace omniserve {
+void bind_transport(nanobind::module_&) {}
+}  // namespace omniserve
