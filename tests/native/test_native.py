@@ -1,4 +1,4 @@
-"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer that end with 0 if all is well."""
+"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer that end with 0 or a report."""
 
 from __future__ import annotations
 
