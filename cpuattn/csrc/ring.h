@@ -97,7 +97,8 @@ class RingConsumer : public RingMemory {
   RingConsumer(std::byte* base, std::uint32_t capacity)
       : RingMemory(base, capacity),
         head_(header_->head.load(std::memory_order_relaxed)),
-        tail_(head_) {}
+        tail_(head_),
+        released_(head_) {}
 
   // False when empty.
   bool pop(std::uint64_t& entry) {
@@ -106,7 +107,11 @@ class RingConsumer : public RingMemory {
     return true;
   }
   // Gives the places of popped entries back to the producer.
-  void release() { header_->head.store(head_, std::memory_order_release); }
+  void release() {
+    if (head_ == released_) return;
+    header_->head.store(head_, std::memory_order_release);
+    released_ = head_;
+  }
   bool empty() { return head_ == tail_ && !look(); }
   // Drops what was published.
   void discard() {
@@ -132,6 +137,7 @@ class RingConsumer : public RingMemory {
 
   std::uint64_t head_ = 0;
   std::uint64_t tail_ = 0;  // the producer's, when last looked at
+  std::uint64_t released_ = 0;
   std::uint64_t last_bad_ = 0;
   std::uint64_t bad_tails_ = 0;
 };

@@ -1,4 +1,4 @@
-"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer that end with 0 or a report."""
+"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer that end with 0, or say why."""
 
 from __future__ import annotations
 
