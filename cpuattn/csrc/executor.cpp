@@ -70,11 +70,13 @@ std::vector<Message> Executor::unanswered() {
   return found;
 }
 
-void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers) {
+void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers,
+                   const std::function<void()>& publish) {
   answers_ = &answers;
+  publish_ = &publish;
   execute(batch);
   // Each round appends at least one token somewhere, or nothing that waits can go on.
-  std::vector<Message> waiting;
+  std::vector<Message>& waiting = waiting_;
   while (!deferred_.empty()) {
     const std::size_t before = deferred_.size();
     waiting.clear();
@@ -85,9 +87,12 @@ void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answ
 }
 
 void Executor::execute(std::vector<Message>& batch) {
-  std::stable_sort(batch.begin(), batch.end(), [](const Message& a, const Message& b) {
+  const auto before = [](const Message& a, const Message& b) {
     return std::tie(a.kind, a.layer) < std::tie(b.kind, b.layer);
-  });
+  };
+  // A stage's rows come sorted, and sorting takes memory.
+  if (!std::is_sorted(batch.begin(), batch.end(), before))
+    std::stable_sort(batch.begin(), batch.end(), before);
   for (auto begin = batch.begin(); begin != batch.end();) {
     const auto end = std::find_if(begin, batch.end(), [&](const Message& m) {
       return m.kind != begin->kind || m.layer != begin->layer;
@@ -101,6 +106,7 @@ void Executor::execute(std::vector<Message>& batch) {
         else free_sequence(*m);
       }
     }
+    (*publish_)();
     begin = end;
   }
 }

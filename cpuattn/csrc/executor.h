@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -45,8 +46,11 @@ class Executor {
   // Messages that were asked for and never answered, in an order that can be carried out.
   std::vector<Message> unanswered();
 
-  // Carries out `batch`, then what waited for it. Appends ring entries of answers to `answers`.
-  void run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers);
+  // Carries out `batch`, then what waited for it. Appends ring entries of answers to `answers`, and
+  // calls `publish` after each group of rows that are computed together: the worker can send their
+  // next stage while the rest is computed.
+  void run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers,
+           const std::function<void()>& publish);
 
   const ExecutorStats& stats() const { return stats_; }
   const PagePool& pages() const { return pool_; }
@@ -77,9 +81,11 @@ class Executor {
   std::vector<std::uint64_t> taken_;  // per slot, a mark of its message that is here; 0 = none
   std::vector<Message> deferred_;
   std::vector<std::uint64_t>* answers_ = nullptr;
+  const std::function<void()>* publish_ = nullptr;
   std::vector<std::uint64_t> attended_in_;  // per sequence, the group that last attended it
   std::uint64_t group_ = 0;
   // Kept between calls for their memory.
+  std::vector<Message> waiting_;
   std::vector<Message> attending_;
   std::vector<Segment> segments_;
   std::vector<AttendUnit> units_;

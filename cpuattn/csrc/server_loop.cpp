@@ -78,7 +78,10 @@ class ServerLoop::Visit {
 };
 
 ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
-    : options_(options), mapping_(path), delays_(options.fault_seed) {
+    : options_(options),
+      mapping_(path),
+      respond_([this] { respond(); }),
+      delays_(options.fault_seed) {
   if (mapping_.size() < shm::kPageAlign) throw std::runtime_error(path + ": too small");
   std::atomic<bool> ready{false};
   thread_ = std::thread([this, &ready] {
@@ -245,7 +248,7 @@ bool ServerLoop::take(RingConsumer& ring, std::size_t limit) {
 }
 
 void ServerLoop::execute() {
-  executor_->run(batch_, answers_);
+  executor_->run(batch_, answers_, respond_);
   respond();
 }
 

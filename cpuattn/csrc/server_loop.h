@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <queue>
@@ -97,6 +98,7 @@ class ServerLoop {
   std::vector<std::uint64_t> entries_;
   std::vector<Message> batch_;
   std::vector<std::uint64_t> answers_;
+  const std::function<void()> respond_;
   std::priority_queue<Held, std::vector<Held>, std::greater<Held>> held_;
   std::mt19937_64 delays_;
   std::uint64_t integrity_errors_ = 0;

@@ -1,4 +1,4 @@
-"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer that end with 0, or say why."""
+"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer; 0 means that all is well."""
 
 from __future__ import annotations
 

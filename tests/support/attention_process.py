@@ -40,12 +40,14 @@ GEOMETRY = layout.Geometry(
     slots=96,
 )
 PAGES = 24
+ARENA_BYTES = layout.arena_bytes(GEOMETRY, PAGES)
 
 
 class ServerProcess:
     """`python -m omniserve.cpuattn`, restartable on the same arena and port."""
 
-    def __init__(self, shm_dir: Path, *flags: str) -> None:
+    def __init__(self, shm_dir: Path, *flags: str, arena_bytes: int = ARENA_BYTES) -> None:
+        self.arena_bytes = arena_bytes
         self.shm_dir = shm_dir
         self.flags = flags
         self.log = shm_dir / "server.log"
@@ -69,7 +71,7 @@ class ServerProcess:
 
     def _spawn(self) -> None:
         command = [sys.executable, "-m", "omniserve.cpuattn", "--shm-dir", str(self.shm_dir)]
-        command += ["--arena-bytes", str(layout.arena_bytes(GEOMETRY, PAGES))]
+        command += ["--arena-bytes", str(self.arena_bytes)]
         command += ["--listen", "127.0.0.1:0", *self.flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, stderr=log)
