@@ -196,9 +196,7 @@ class FedServer:
         link, case = self.link, self.case
         link.slab[:] = _random_rows(slots, link.slot_elems)
         places = np.stack(
-            np.meshgrid(
-                np.arange(case.context - 1), np.arange(case.batch), np.arange(case.layers)
-            ),
+            np.meshgrid(np.arange(case.context - 1), np.arange(case.batch), np.arange(case.layers)),
             axis=-1,
         )
         places = places.transpose(1, 0, 2, 3).reshape(-1, 3).astype(np.int32)

@@ -18,6 +18,7 @@ void bind_server(nb::module_& m) {
           Release(), "path"_a, "threads"_a = 1, "spin_us"_a = 0, "nice"_a = 0,
           "cpus"_a = std::vector<int>{}, "fault_delay_us"_a = 0, "fault_seed"_a = 0)
       .def_prop_ro("not_adopted", &ServerLoop::not_adopted)
+      .def_prop_ro("not_locked", &ServerLoop::not_locked)
       .def_prop_ro("attached", &ServerLoop::attached)
       .def_prop_ro("worker_id", [](const ServerLoop& l) { return l.owner().worker_id; })
       .def_prop_ro("epoch", [](const ServerLoop& l) { return l.owner().epoch; })

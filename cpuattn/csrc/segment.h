@@ -22,6 +22,8 @@ class Mapping {
   std::size_t size() const { return size_; }
 
  private:
+  void populate();
+
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
 };

@@ -1,10 +1,12 @@
 #include "server_loop.h"
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -83,6 +85,7 @@ ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
       respond_([this] { respond(); }),
       delays_(options.fault_seed) {
   if (mapping_.size() < shm::kPageAlign) throw std::runtime_error(path + ": too small");
+  if (mlock(mapping_.data(), mapping_.size()) != 0) not_locked_ = std::strerror(errno);
   std::atomic<bool> ready{false};
   thread_ = std::thread([this, &ready] {
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), options_.nice);

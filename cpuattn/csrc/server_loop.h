@@ -41,6 +41,8 @@ class ServerLoop {
 
   // Why the file's segment was not adopted; "" if it was.
   const std::string& not_adopted() const { return not_adopted_; }
+  // Why the file could not be kept from being swapped out; "" if it was.
+  const std::string& not_locked() const { return not_locked_; }
   bool attached() const { return attached_.load(std::memory_order_acquire); }
   // Only valid while attached, and between calls of format.
   const Owner& owner() const { return owner_; }
@@ -86,6 +88,7 @@ class ServerLoop {
   SegmentView segment_;
   Owner owner_;
   std::string not_adopted_;
+  std::string not_locked_;
   std::unique_ptr<ThreadPool> threads_;
   Mapping bell_;
 

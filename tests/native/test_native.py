@@ -1,4 +1,4 @@
-"""The native tests of `cpuattn/csrc/tests`: programs under a sanitizer; 0 means that all is well."""
+"""Runs `cpuattn/csrc/tests`, programs under a sanitizer that end with 0 or a report."""
 
 from __future__ import annotations
 
