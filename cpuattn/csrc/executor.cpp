@@ -4,6 +4,8 @@
 #include <tuple>
 #include <utility>
 
+#include "ring.h"
+
 namespace omniserve {
 namespace {
 
@@ -217,7 +219,7 @@ void Executor::answer(const Message& m, std::uint32_t status) {
   if (status != shm::kOk) ++stats_.errors;
   h.status = status;
   h.done_generation.store(m.generation, std::memory_order_release);
-  answers_->push_back(shm::ring_entry(m.slot, m.generation));
+  answers_->push_back(answer_entry(m.slot, m.generation, status));
 }
 
 }  // namespace omniserve

@@ -13,6 +13,17 @@
 
 namespace omniserve {
 
+// An entry of the response ring carries the status too, which spares the worker a line of the slot's
+// header: slots need 20 bits of the lower 32.
+constexpr std::uint64_t answer_entry(std::uint32_t slot, std::uint32_t generation,
+                                     std::uint32_t status) {
+  return shm::ring_entry((status & 0xFF) << 24 | slot, generation);
+}
+constexpr std::uint32_t answer_slot(std::uint64_t entry) {
+  return shm::entry_slot(entry) & 0xFFFFFF;
+}
+constexpr std::uint32_t answer_status(std::uint64_t entry) { return shm::entry_slot(entry) >> 24; }
+
 // What both sides know of a ring. Indices count entries ever moved, and wrap at 2^64.
 class RingMemory {
  public:
@@ -33,6 +44,9 @@ class RingMemory {
   // Relaxed, for the indices order them; atomic, for a hostile side may write one while it is read.
   std::uint64_t load(std::uint64_t index) const {
     return entries_[index & (capacity_ - 1)].load(std::memory_order_relaxed);
+  }
+  void prefetch(std::uint64_t index) const {
+    __builtin_prefetch(&entries_[index & (capacity_ - 1)]);
   }
   void store(std::uint64_t index, std::uint64_t entry) {
     entries_[index & (capacity_ - 1)].store(entry, std::memory_order_relaxed);
@@ -124,6 +138,7 @@ class RingConsumer : public RingMemory {
  private:
   // Whether something was published behind what has been popped.
   bool look() {
+    prefetch(head_);  // so that the entry comes with the tail and not after it
     const std::uint64_t tail = header_->tail.load(std::memory_order_acquire);
     if (tail == tail_) return false;
     if (tail - head_ > capacity_) {

@@ -126,7 +126,7 @@ void ServerLoop::recover() {
   for (std::uint32_t s = 0; s < segment_.geometry().slots; ++s) {
     const auto& slot = segment_.slot(s);
     const std::uint32_t done = slot.done_generation.load(std::memory_order_relaxed);
-    const std::uint64_t entry = shm::ring_entry(s, done);
+    const std::uint64_t entry = answer_entry(s, done, slot.status);
     // The answer may never have been published. If it was, the worker drops this one.
     if (done != 0 && done == slot.request_generation.load(std::memory_order_acquire) &&
         !responses_.holds(entry))

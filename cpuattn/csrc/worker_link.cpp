@@ -88,23 +88,18 @@ void WorkerLink::poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t
     const bool sent = flush(request_);
     if (flush(low_) || sent) ring_bell(segment_.header().doorbell);
   }
-  answered_.clear();
   for (std::uint64_t entry = 0; responses_.pop(entry);) {
-    const std::uint32_t slot = shm::entry_slot(entry);
+    const std::uint32_t slot = answer_slot(entry);
     // A restarted server repeats answers that were consumed: their message is not outstanding.
     if (slot >= in_use_.size() || !in_use_[slot] ||
         generation_[slot] != shm::entry_generation(entry))
       continue;
-    __builtin_prefetch(&segment_.slot(slot));
     in_use_[slot] = 0;
-    answered_.push_back(slot);
+    --outstanding_;
+    slots.push_back(static_cast<std::int32_t>(slot));
+    statuses.push_back(static_cast<std::uint8_t>(answer_status(entry)));
   }
   responses_.release();
-  outstanding_ -= static_cast<std::uint32_t>(answered_.size());
-  for (const std::uint32_t slot : answered_) {
-    slots.push_back(static_cast<std::int32_t>(slot));
-    statuses.push_back(static_cast<std::uint8_t>(segment_.slot(slot).status));
-  }
 }
 
 void WorkerLink::check_integrity() const {

@@ -51,7 +51,6 @@ class WorkerLink {
   RingConsumer responses_;
   std::vector<std::uint32_t> generation_;  // per slot, of its last message
   std::vector<std::uint8_t> in_use_;       // per slot
-  std::vector<std::uint32_t> answered_;    // kept for its memory
   std::uint32_t outstanding_ = 0;
   std::uint64_t ring_waits_ = 0;
 };

@@ -161,7 +161,7 @@ class Echo {
     shm::SlotHeader& h = segment_.slot(slot);
     h.status = shm::kOk;
     h.done_generation.store(generation, std::memory_order_release);
-    responses_.stage(shm::ring_entry(slot, generation));
+    responses_.stage(answer_entry(slot, generation, shm::kOk));
   }
 
   void echo_memcpy(std::uint64_t rounds, std::size_t rows) {
