@@ -42,8 +42,9 @@ from omniserve.attnkernel import (
 )
 from omniserve.shm import layout
 
-COHORTS = 2
-"""Messages in flight: the server works on one while the producer sends the other again."""
+COHORTS = 4
+"""Messages in flight: the server works on one while the producer sends others again. A worker has
+a cohort per stage, that is, many more."""
 KV_BYTES = 256 << 20
 """Of each side. Layers are what tells one call's KV from the next one's."""
 
