@@ -34,11 +34,12 @@ void bind_server(nb::module_& m) {
           Release(), "path"_a, "threads"_a = 1, "spin_us"_a = 0, "nice"_a = 0,
           "cpus"_a = std::vector<int>{}, "fault_delay_us"_a = 0, "fault_seed"_a = 0)
       .def_prop_ro("not_adopted", &ServerLoop::not_adopted)
+      .def_prop_ro("not_locked", &ServerLoop::not_locked)
       .def_prop_ro("attached", &ServerLoop::attached)
-      .def_prop_ro("worker_id", [](const ServerLoop& l) { return std::string(l.header().worker_id); })
-      .def_prop_ro("epoch", [](const ServerLoop& l) { return l.header().epoch; })
-      .def_prop_ro("segment_id", [](const ServerLoop& l) { return l.header().segment_id; })
-      .def_prop_ro("geometry", [](const ServerLoop& l) { return l.header().geometry; })
+      .def_prop_ro("worker_id", [](const ServerLoop& l) { return l.owner().worker_id; })
+      .def_prop_ro("epoch", [](const ServerLoop& l) { return l.owner().epoch; })
+      .def_prop_ro("segment_id", [](const ServerLoop& l) { return l.owner().segment_id; })
+      .def_prop_ro("geometry", [](const ServerLoop& l) { return l.geometry(); })
       .def_prop_ro("progress", &ServerLoop::progress)
       .def("format", &format, "worker_id"_a, "epoch"_a, "segment_id"_a, "geometry"_a,
            "bell_path"_a, "layers"_a = std::vector<Layer>{})

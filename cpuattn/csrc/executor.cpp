@@ -4,7 +4,14 @@
 #include <tuple>
 #include <utility>
 
+#include "ring.h"
+
 namespace omniserve {
+namespace {
+
+std::uint64_t mark(const Message& m) { return std::uint64_t{1} << 32 | m.generation; }
+
+}  // namespace
 
 Executor::Executor(const SegmentView& segment, ThreadPool& threads)
     : segment_(segment),
@@ -15,7 +22,13 @@ Executor::Executor(const SegmentView& segment, ThreadPool& threads)
       elem_bytes_(shm::dtype_bytes(segment.geometry().dtype)),
       token_bytes_(shm::block_bytes(segment.geometry()) * segment.geometry().kv_heads /
                    segment.geometry().page_tokens),
+      taken_(segment.geometry().slots, 0),
       attended_in_(segment.geometry().max_sequences, 0) {}
+
+void Executor::prefetch(std::uint64_t entry) const {
+  const std::uint32_t slot = shm::entry_slot(entry);
+  if (slot < segment_.geometry().slots) __builtin_prefetch(&segment_.slot(slot), 1);
+}
 
 std::optional<Message> Executor::resolve(std::uint64_t entry) {
   const std::uint32_t slot = shm::entry_slot(entry);
@@ -23,22 +36,36 @@ std::optional<Message> Executor::resolve(std::uint64_t entry) {
     ++stats_.errors;
     return std::nullopt;
   }
-  const shm::SlotHeader& h = segment_.slot(slot);
-  const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
-  // Stale, or answered already: after a restart a message can be found twice.
-  if (generation != shm::entry_generation(entry) ||
-      generation == h.done_generation.load(std::memory_order_relaxed))
+  const auto message = take(slot);
+  if (!message || message->generation != shm::entry_generation(entry)) return std::nullopt;
+  if (taken_[slot] != 0) {
+    // After a restart a message can be found in its slot and then in a ring: that is no error.
+    if (taken_[slot] != mark(*message)) ++stats_.errors;
     return std::nullopt;
-  return Message{slot, generation, h.kind, h.layer, h.sequence, h.position};
+  }
+  taken_[slot] = mark(*message);
+  return message;
 }
 
-std::vector<Message> Executor::unanswered() const {
+// Nothing if the slot's last message was answered.
+std::optional<Message> Executor::take(std::uint32_t slot) {
+  const shm::SlotHeader& h = segment_.slot(slot);
+  const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
+  if (generation == h.done_generation.load(std::memory_order_relaxed)) return std::nullopt;
+  // Read once: a hostile worker may write them meanwhile, and what was checked must be what is used.
+  const auto once = [](const std::uint32_t& field) {
+    return __atomic_load_n(&field, __ATOMIC_RELAXED);
+  };
+  return Message{slot, generation, once(h.kind), once(h.layer), once(h.sequence), once(h.position)};
+}
+
+std::vector<Message> Executor::unanswered() {
   std::vector<Message> found;
   for (std::uint32_t slot = 0; slot < segment_.geometry().slots; ++slot) {
-    const shm::SlotHeader& h = segment_.slot(slot);
-    const std::uint32_t generation = h.request_generation.load(std::memory_order_acquire);
-    if (generation != h.done_generation.load(std::memory_order_relaxed))
-      found.push_back({slot, generation, h.kind, h.layer, h.sequence, h.position});
+    const auto message = take(slot);
+    if (!message || taken_[slot] != 0) continue;
+    taken_[slot] = mark(*message);
+    found.push_back(*message);
   }
   std::sort(found.begin(), found.end(), [](const Message& a, const Message& b) {
     return std::tie(a.sequence, a.position) < std::tie(b.sequence, b.position);
@@ -46,11 +73,13 @@ std::vector<Message> Executor::unanswered() const {
   return found;
 }
 
-void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers) {
+void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers,
+                   const std::function<void()>& publish) {
   answers_ = &answers;
+  publish_ = &publish;
   execute(batch);
   // Each round appends at least one token somewhere, or nothing that waits can go on.
-  std::vector<Message> waiting;
+  std::vector<Message>& waiting = waiting_;
   while (!deferred_.empty()) {
     const std::size_t before = deferred_.size();
     waiting.clear();
@@ -61,9 +90,12 @@ void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answ
 }
 
 void Executor::execute(std::vector<Message>& batch) {
-  std::stable_sort(batch.begin(), batch.end(), [](const Message& a, const Message& b) {
+  const auto before = [](const Message& a, const Message& b) {
     return std::tie(a.kind, a.layer) < std::tie(b.kind, b.layer);
-  });
+  };
+  // A stage's rows come sorted, and sorting takes memory.
+  if (!std::is_sorted(batch.begin(), batch.end(), before))
+    std::stable_sort(batch.begin(), batch.end(), before);
   for (auto begin = batch.begin(); begin != batch.end();) {
     const auto end = std::find_if(begin, batch.end(), [&](const Message& m) {
       return m.kind != begin->kind || m.layer != begin->layer;
@@ -77,6 +109,7 @@ void Executor::execute(std::vector<Message>& batch) {
         else free_sequence(*m);
       }
     }
+    (*publish_)();
     begin = end;
   }
 }
@@ -92,8 +125,7 @@ std::uint32_t Executor::validate(const Message& m) const {
 }
 
 Executor::Turn Executor::turn(const Message& m) const {
-  const std::uint32_t written =
-      segment_.written_len(m.sequence)[m.layer].load(std::memory_order_relaxed);
+  const std::uint32_t written = pool_.length(m.sequence, m.layer);
   if (written < m.position) return Turn::kLater;
   return written <= m.position + 1 ? Turn::kNow : Turn::kNever;
 }
@@ -104,7 +136,7 @@ std::uint32_t Executor::append(const Message& m) {
   const std::byte* row = segment_.slab_row(m.slot);
   pages_.write(m.layer, page, m.position % segment_.geometry().page_tokens,
                row + parts_.k * elem_bytes_, row + parts_.v * elem_bytes_);
-  segment_.written_len(m.sequence)[m.layer].store(m.position + 1, std::memory_order_release);
+  pool_.set_length(m.sequence, m.layer, m.position + 1);
   return shm::kOk;
 }
 
@@ -139,7 +171,7 @@ void Executor::attend_group(const Message* begin, const Message* end) {
     attended_in_[m->sequence] = group_;
     std::byte* row = segment_.slab_row(m->slot);
     attending_.push_back(*m);
-    segments_.push_back({segment_.page_table(m->sequence), row + parts_.q * elem_bytes_,
+    segments_.push_back({pool_.table(m->sequence), row + parts_.q * elem_bytes_,
                          row + parts_.out * elem_bytes_, 0, 0, 1, m->position});
     stats_.kv_bytes_read += (m->position + 1) * token_bytes_;
   }
@@ -163,14 +195,13 @@ void Executor::checkpoint(const Message& m) {
 
 void Executor::restore(const Message& m) {
   if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
-  const std::uint32_t written =
-      segment_.written_len(m.sequence)[m.layer].load(std::memory_order_relaxed);
+  const std::uint32_t written = pool_.length(m.sequence, m.layer);
   if (written <= m.position) {
     deferred_.push_back(m);
     return;
   }
   const shm::Geometry& g = segment_.geometry();
-  const std::int32_t page = segment_.page_table(m.sequence)[m.position / g.page_tokens];
+  const std::int32_t page = pool_.table(m.sequence)[m.position / g.page_tokens];
   if (page < 0) return answer(m, shm::kNoPage);
   std::byte* row = segment_.slab_row(m.slot);
   pages_.read(m.layer, page, m.position % g.page_tokens, row + parts_.k * elem_bytes_,
@@ -191,12 +222,11 @@ void Executor::free_sequence(const Message& m) {
 
 void Executor::answer(const Message& m, std::uint32_t status) {
   shm::SlotHeader& h = segment_.slot(m.slot);
-  // The same message can wait twice after a restart; it is answered once.
-  if (h.done_generation.load(std::memory_order_relaxed) == m.generation) return;
+  taken_[m.slot] = 0;
   if (status != shm::kOk) ++stats_.errors;
   h.status = status;
   h.done_generation.store(m.generation, std::memory_order_release);
-  answers_->push_back(shm::ring_entry(m.slot, m.generation));
+  answers_->push_back(answer_entry(m.slot, m.generation, status));
 }
 
 }  // namespace omniserve

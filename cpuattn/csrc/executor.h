@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <vector>
 
@@ -27,6 +28,9 @@ struct ExecutorStats {
   std::uint64_t errors = 0;
 };
 
+// What the worker writes is read once, checked, and used from the copy. A slot has one message here
+// at most, so that a worker which ignores its credits cannot make anything here grow.
+//
 // Not thread-safe. The order of writes for a row is KV, written_len, out, status,
 // done_generation; the caller publishes the answer. So at any crash a message whose generations
 // differ can be carried out again.
@@ -34,13 +38,19 @@ class Executor {
  public:
   Executor(const SegmentView& segment, ThreadPool& threads);
 
-  // The message behind a ring entry; nothing if the entry is stale, done or out of range.
+  // Brings the slot of a ring entry near, some time before resolve.
+  void prefetch(std::uint64_t entry) const;
+  // The message behind a ring entry; nothing if the entry is stale, done or out of range, or if
+  // its slot has a message here already.
   std::optional<Message> resolve(std::uint64_t entry);
   // Messages that were asked for and never answered, in an order that can be carried out.
-  std::vector<Message> unanswered() const;
+  std::vector<Message> unanswered();
 
-  // Carries out `batch`, then what waited for it. Appends ring entries of answers to `answers`.
-  void run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers);
+  // Carries out `batch`, then what waited for it. Appends ring entries of answers to `answers`, and
+  // calls `publish` after each group of rows that are computed together: the worker can send their
+  // next stage while the rest is computed.
+  void run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers,
+           const std::function<void()>& publish);
 
   const ExecutorStats& stats() const { return stats_; }
   const PagePool& pages() const { return pool_; }
@@ -53,6 +63,7 @@ class Executor {
   void checkpoint(const Message& m);
   void restore(const Message& m);
   void free_sequence(const Message& m);
+  std::optional<Message> take(std::uint32_t slot);
   std::uint32_t validate(const Message& m) const;
   Turn turn(const Message& m) const;
   AttendOptions options_of(std::uint32_t layer) const;
@@ -68,11 +79,14 @@ class Executor {
   std::size_t elem_bytes_;
   std::uint64_t token_bytes_;  // K and V of one token in one layer
   ExecutorStats stats_;
+  std::vector<std::uint64_t> taken_;  // per slot, a mark of its message that is here; 0 = none
   std::vector<Message> deferred_;
   std::vector<std::uint64_t>* answers_ = nullptr;
+  const std::function<void()>* publish_ = nullptr;
   std::vector<std::uint64_t> attended_in_;  // per sequence, the group that last attended it
   std::uint64_t group_ = 0;
   // Kept between calls for their memory.
+  std::vector<Message> waiting_;
   std::vector<Message> attending_;
   std::vector<Segment> segments_;
   Attention attention_;

@@ -6,34 +6,42 @@
 namespace omniserve {
 
 PagePool::PagePool(const SegmentView& segment) : segment_(segment) {
-  const std::uint32_t pages = segment_.geometry().pages;
-  std::vector<bool> used(pages);
-  const std::string wrong = mark_used(used);
+  const shm::Geometry& g = segment_.geometry();
+  const std::int32_t* table = segment_.page_table(0);
+  tables_.assign(table, table + std::size_t{g.max_sequences} * segment_.max_pages_per_sequence());
+  const std::atomic<std::uint32_t>* written = segment_.written_len(0);
+  lengths_.resize(std::size_t{g.max_sequences} * g.layers);
+  for (std::size_t i = 0; i < lengths_.size(); ++i)
+    lengths_[i] = written[i].load(std::memory_order_acquire);
+  std::vector<bool> used(g.pages);
+  std::string wrong = mark_used(used);
+  if (wrong.empty()) wrong = check_lengths();
   if (!wrong.empty()) throw std::runtime_error(wrong);
-  free_.reserve(pages);
-  for (std::uint32_t page = pages; page-- > 0;)
+  free_.reserve(g.pages);
+  for (std::uint32_t page = g.pages; page-- > 0;)
     if (!used[page]) free_.push_back(static_cast<std::int32_t>(page));
 }
 
 std::int32_t PagePool::page_for(std::uint32_t sequence, std::uint32_t position) {
+  const std::uint32_t index = position / segment_.geometry().page_tokens;
   std::int32_t& entry =
-      segment_.page_table(sequence)[position / segment_.geometry().page_tokens];
+      tables_[std::size_t{sequence} * segment_.max_pages_per_sequence() + index];
   if (entry >= 0 || free_.empty()) return entry;
   segment_.sequence_state(sequence).store(shm::kActive, std::memory_order_release);
   entry = free_.back();
   free_.pop_back();
+  segment_.page_table(sequence)[index] = entry;
   return entry;
 }
 
 void PagePool::free_sequence(std::uint32_t sequence) {
-  auto* written = segment_.written_len(sequence);
-  for (std::uint32_t l = 0; l < segment_.geometry().layers; ++l)
-    written[l].store(0, std::memory_order_release);
-  std::int32_t* table = segment_.page_table(sequence);
-  for (std::uint32_t i = 0; i < segment_.header().max_pages_per_sequence; ++i) {
-    if (table[i] < 0) continue;
-    free_.push_back(table[i]);
-    table[i] = -1;
+  for (std::uint32_t l = 0; l < segment_.geometry().layers; ++l) set_length(sequence, l, 0);
+  const std::size_t first = std::size_t{sequence} * segment_.max_pages_per_sequence();
+  for (std::uint32_t i = 0; i < segment_.max_pages_per_sequence(); ++i) {
+    std::int32_t& entry = tables_[first + i];
+    if (entry >= 0) free_.push_back(entry);
+    entry = -1;
+    segment_.page_table(sequence)[i] = -1;
   }
   segment_.sequence_state(sequence).store(shm::kEmpty, std::memory_order_release);
 }
@@ -41,9 +49,8 @@ void PagePool::free_sequence(std::uint32_t sequence) {
 std::string PagePool::mark_used(std::vector<bool>& used) const {
   const std::uint32_t pages = segment_.geometry().pages;
   for (std::uint32_t s = 0; s < segment_.geometry().max_sequences; ++s) {
-    const std::int32_t* table = segment_.page_table(s);
-    for (std::uint32_t i = 0; i < segment_.header().max_pages_per_sequence; ++i) {
-      const std::int32_t page = table[i];
+    for (std::uint32_t i = 0; i < segment_.max_pages_per_sequence(); ++i) {
+      const std::int32_t page = table(s)[i];
       if (page == -1) continue;
       const std::string name =
           "page " + std::to_string(page) + " of sequence " + std::to_string(s);
@@ -59,15 +66,25 @@ std::string PagePool::check_lengths() const {
   const shm::Geometry& g = segment_.geometry();
   for (std::uint32_t s = 0; s < g.max_sequences; ++s) {
     std::uint32_t longest = 0;
-    for (std::uint32_t l = 0; l < g.layers; ++l)
-      longest = std::max(longest, segment_.written_len(s)[l].load(std::memory_order_acquire));
+    for (std::uint32_t l = 0; l < g.layers; ++l) longest = std::max(longest, length(s, l));
     const std::string name = "sequence " + std::to_string(s);
     if (longest > g.max_sequence_tokens) return name + " is longer than max_sequence_tokens";
-    const std::int32_t* table = segment_.page_table(s);
     for (std::uint32_t i = 0; i * g.page_tokens < longest; ++i)
-      if (table[i] < 0) return name + " has tokens without a page";
-    if (longest > 0 && segment_.sequence_state(s).load(std::memory_order_acquire) != shm::kActive)
-      return name + " has tokens but is not active";
+      if (table(s)[i] < 0) return name + " has tokens without a page";
+  }
+  return "";
+}
+
+std::string PagePool::check_copies() const {
+  const shm::Geometry& g = segment_.geometry();
+  for (std::uint32_t s = 0; s < g.max_sequences; ++s) {
+    const std::string name = "of sequence " + std::to_string(s) + " was overwritten";
+    for (std::uint32_t l = 0; l < g.layers; ++l)
+      if (segment_.written_len(s)[l].load(std::memory_order_relaxed) != length(s, l))
+        return "the published length " + name;
+    const std::int32_t* published = segment_.page_table(s);
+    if (!std::equal(published, published + segment_.max_pages_per_sequence(), table(s)))
+      return "the published page table " + name;
   }
   return "";
 }
@@ -81,7 +98,8 @@ std::string PagePool::check_integrity() const {
     used[page] = true;
   }
   if (std::find(used.begin(), used.end(), false) != used.end()) return "a page leaked";
-  return check_lengths();
+  wrong = check_lengths();
+  return wrong.empty() ? check_copies() : wrong;
 }
 
 }  // namespace omniserve

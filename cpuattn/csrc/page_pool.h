@@ -1,5 +1,6 @@
-// The free pages of an arena. The page tables in the segment are the truth; this list is rebuilt
-// from them after a crash.
+// Pages, page tables and lengths of an arena. The tables and lengths in the segment are copies for
+// the worker to read and for a restarted server to start from; the worker can overwrite them, so
+// nothing but these private ones is ever used to index memory.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +13,21 @@ namespace omniserve {
 
 class PagePool {
  public:
-  // Throws std::runtime_error if a table names a page that does not exist, or one twice.
+  // Takes over what the segment says. Throws std::runtime_error where that contradicts itself: a
+  // page that does not exist or is in two places, tokens without a page.
   explicit PagePool(const SegmentView& segment);
+
+  // [max_pages_per_sequence], -1 = none. Every page below a length is there.
+  const std::int32_t* table(std::uint32_t sequence) const {
+    return &tables_[std::size_t{sequence} * segment_.max_pages_per_sequence()];
+  }
+  std::uint32_t length(std::uint32_t sequence, std::uint32_t layer) const {
+    return lengths_[std::size_t{sequence} * segment_.geometry().layers + layer];
+  }
+  void set_length(std::uint32_t sequence, std::uint32_t layer, std::uint32_t tokens) {
+    lengths_[std::size_t{sequence} * segment_.geometry().layers + layer] = tokens;
+    segment_.written_len(sequence)[layer].store(tokens, std::memory_order_release);
+  }
 
   std::uint32_t free_pages() const { return static_cast<std::uint32_t>(free_.size()); }
 
@@ -22,15 +36,19 @@ class PagePool {
   // Zeroes the sequence's lengths and takes its pages back. Safe to repeat after a crash.
   void free_sequence(std::uint32_t sequence);
 
-  // Empty when every page is free or in exactly one table, and lengths are covered by pages.
+  // Empty when every page is free or in exactly one table, lengths are covered by pages, and the
+  // segment's copies are what was written there.
   std::string check_integrity() const;
 
  private:
   // Marks the pages in tables; returns what is wrong, or "".
   std::string mark_used(std::vector<bool>& used) const;
   std::string check_lengths() const;
+  std::string check_copies() const;
 
   SegmentView segment_;
+  std::vector<std::int32_t> tables_;   // [max_sequences][max_pages_per_sequence]
+  std::vector<std::uint32_t> lengths_;  // [max_sequences][layers]
   std::vector<std::int32_t> free_;
 };
 

@@ -45,13 +45,23 @@ Mapping::Mapping(const std::string& path) {
     fail("cannot size", path, st.st_size == 0 ? EINVAL : cause);
   }
   size_ = static_cast<std::size_t>(st.st_size);
-  // Populated, so that no page fault falls into a hot path.
-  void* data =
-      ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, fd, 0);
+  void* data = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   const int cause = errno;
   ::close(fd);
   if (data == MAP_FAILED) fail("cannot map", path, cause);
   data_ = static_cast<std::byte*>(data);
+  populate();
+}
+
+// So that no page fault falls into a hot path. Huge pages can only be asked for before.
+void Mapping::populate() {
+  ::madvise(data_, size_, MADV_HUGEPAGE);
+#ifdef MADV_POPULATE_WRITE
+  if (::madvise(data_, size_, MADV_POPULATE_WRITE) == 0) return;
+#endif
+  // An older kernel. A fault of a read maps a page of tmpfs writable too.
+  for (std::size_t at = 0; at < size_; at += shm::kPageAlign)
+    *const_cast<volatile std::byte*>(data_ + at);
 }
 
 Mapping::~Mapping() {

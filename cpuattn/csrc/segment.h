@@ -1,4 +1,4 @@
-// Mapped files, doorbells and rings: what both sides of a segment do alike.
+// Mapped files, regions and doorbells: what both sides of a segment do alike. Rings: ring.h.
 #pragma once
 
 #include <cstddef>
@@ -6,6 +6,7 @@
 #include <string>
 
 #include "omniserve/shm/layout.h"
+#include "spin.h"
 
 namespace omniserve {
 
@@ -22,6 +23,8 @@ class Mapping {
   std::size_t size() const { return size_; }
 
  private:
+  void populate();
+
   std::byte* data_ = nullptr;
   std::size_t size_ = 0;
 };
@@ -29,42 +32,49 @@ class Mapping {
 // A new file of zeros at `path`, in place of any old one, with its memory allocated.
 void create_file(const std::string& path, std::size_t size);
 
-// Typed access to a segment's regions.
+// Typed access to a segment's regions. The geometry is this side's own copy, and offsets follow
+// from it: what the other side writes into the header moves nothing here.
 class SegmentView {
  public:
   SegmentView() = default;
-  explicit SegmentView(std::byte* base) : base_(base) {}
+  SegmentView(std::byte* base, const shm::Geometry& g)
+      : base_(base),
+        geometry_(g),
+        regions_(shm::regions_of(g)),
+        max_pages_per_sequence_(shm::max_pages_per_sequence(g)),
+        slab_row_bytes_(shm::slot_elems(g) * shm::dtype_bytes(g.dtype)) {}
 
   explicit operator bool() const { return base_ != nullptr; }
   shm::Header& header() const { return *reinterpret_cast<shm::Header*>(base_); }
-  const shm::Geometry& geometry() const { return header().geometry; }
+  const shm::Geometry& geometry() const { return geometry_; }
+  const shm::Regions& regions() const { return regions_; }
+  std::uint32_t max_pages_per_sequence() const { return max_pages_per_sequence_; }
 
   std::atomic<std::uint32_t>& sequence_state(std::uint32_t sequence) const {
-    return at<std::atomic<std::uint32_t>>(header().regions.sequence_state)[sequence];
+    return at<std::atomic<std::uint32_t>>(regions_.sequence_state)[sequence];
   }
   // [layers] of one sequence.
   std::atomic<std::uint32_t>* written_len(std::uint32_t sequence) const {
-    return at<std::atomic<std::uint32_t>>(header().regions.written_len) +
-           std::size_t{sequence} * geometry().layers;
+    return at<std::atomic<std::uint32_t>>(regions_.written_len) +
+           std::size_t{sequence} * geometry_.layers;
   }
   // [max_pages_per_sequence] of one sequence.
   std::int32_t* page_table(std::uint32_t sequence) const {
-    return at<std::int32_t>(header().regions.page_table) +
-           std::size_t{sequence} * header().max_pages_per_sequence;
+    return at<std::int32_t>(regions_.page_table) +
+           std::size_t{sequence} * max_pages_per_sequence_;
   }
   shm::LayerOptions* layer_options() const {
-    return at<shm::LayerOptions>(header().regions.layer_options);
+    return at<shm::LayerOptions>(regions_.layer_options);
   }
   // [layers][heads]
-  float* sinks() const { return at<float>(header().regions.sinks); }
+  float* sinks() const { return at<float>(regions_.sinks); }
   shm::SlotHeader& slot(std::uint32_t slot) const {
-    return at<shm::SlotHeader>(header().regions.slot_headers)[slot];
+    return at<shm::SlotHeader>(regions_.slot_headers)[slot];
   }
   std::byte* slab_row(std::uint32_t slot) const {
-    const shm::Geometry& g = geometry();
-    return base_ + header().regions.slab + slot * shm::slot_elems(g) * shm::dtype_bytes(g.dtype);
+    return base_ + regions_.slab + slot * slab_row_bytes_;
   }
-  std::byte* kv() const { return base_ + header().regions.kv; }
+  std::byte* kv() const { return base_ + regions_.kv; }
   std::byte* at_offset(std::uint64_t offset) const { return base_ + offset; }
 
  private:
@@ -74,6 +84,10 @@ class SegmentView {
   }
 
   std::byte* base_ = nullptr;
+  shm::Geometry geometry_{};
+  shm::Regions regions_{};
+  std::uint32_t max_pages_per_sequence_ = 0;
+  std::size_t slab_row_bytes_ = 0;
 };
 
 // Where q, k, v and out begin in a slab row, in elements.
@@ -88,68 +102,6 @@ struct RowParts {
 
 // Throws std::invalid_argument naming the field that the kernels cannot serve.
 void check_geometry(const shm::Geometry& g);
-
-// One side of a single-producer, single-consumer ring of slot entries.
-class Ring {
- public:
-  Ring() = default;
-  Ring(std::byte* base, std::uint32_t capacity)
-      : header_(reinterpret_cast<shm::RingHeader*>(base)),
-        entries_(reinterpret_cast<std::uint64_t*>(base + sizeof(shm::RingHeader))),
-        capacity_(capacity) {}
-
-  // Producer: puts an entry behind the published ones; false when full.
-  bool stage(std::uint64_t entry) {
-    const std::uint64_t tail = header_->tail.load(std::memory_order_relaxed) + staged_;
-    if (tail - header_->head.load(std::memory_order_acquire) >= capacity_) return false;
-    entries_[tail & (capacity_ - 1)] = entry;
-    ++staged_;
-    return true;
-  }
-  // Producer: makes the staged entries visible; returns whether there were any.
-  bool publish() {
-    if (staged_ == 0) return false;
-    header_->tail.store(header_->tail.load(std::memory_order_relaxed) + staged_,
-                        std::memory_order_release);
-    staged_ = 0;
-    return true;
-  }
-  // Consumer: false when empty.
-  bool pop(std::uint64_t& entry) {
-    const std::uint64_t head = header_->head.load(std::memory_order_relaxed);
-    if (head == header_->tail.load(std::memory_order_acquire)) return false;
-    entry = entries_[head & (capacity_ - 1)];
-    header_->head.store(head + 1, std::memory_order_release);
-    return true;
-  }
-  // Consumer.
-  bool empty() const {
-    return header_->head.load(std::memory_order_relaxed) ==
-           header_->tail.load(std::memory_order_acquire);
-  }
-  // Consumer: drops what was published.
-  void discard() {
-    header_->head.store(header_->tail.load(std::memory_order_acquire), std::memory_order_release);
-  }
-  // Producer: whether `entry` waits to be consumed. The consumer may take it meanwhile.
-  bool holds(std::uint64_t entry) const {
-    const std::uint64_t tail = header_->tail.load(std::memory_order_relaxed);
-    for (std::uint64_t i = header_->head.load(std::memory_order_acquire); i != tail; ++i)
-      if (entries_[i & (capacity_ - 1)] == entry) return true;
-    return false;
-  }
-  bool consistent() const {
-    const std::uint64_t head = header_->head.load(std::memory_order_acquire);
-    const std::uint64_t tail = header_->tail.load(std::memory_order_acquire);
-    return tail - head <= capacity_;
-  }
-
- private:
-  shm::RingHeader* header_ = nullptr;
-  std::uint64_t* entries_ = nullptr;
-  std::uint64_t capacity_ = 0;
-  std::uint64_t staged_ = 0;
-};
 
 // Wakes the sleeper of `bell`, if there is one.
 void ring_bell(shm::Doorbell& bell);

@@ -1,10 +1,12 @@
 #include "server_loop.h"
 
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
@@ -27,20 +29,37 @@ void copy_text(char* to, std::size_t size, const std::string& text) {
   std::memcpy(to, text.data(), std::min(text.size(), size - 1));
 }
 
-std::string why_not_adoptable(const SegmentView& segment, std::size_t size) {
-  const shm::Header& h = segment.header();
+// Of a field that need not end in a zero.
+template <std::size_t size>
+std::string read_text(const char (&from)[size]) {
+  return std::string(from, strnlen(from, size));
+}
+
+shm::Header& header_in(const Mapping& mapping) {
+  return *reinterpret_cast<shm::Header*>(mapping.data());
+}
+
+Mapping map_bell(const std::string& path) {
+  Mapping bell(path);
+  // Exactly: the loop counts in its first word, so nothing but a bell may be taken for one.
+  if (bell.size() != sizeof(shm::Doorbell)) throw std::runtime_error(path + ": not a bell");
+  return bell;
+}
+
+std::string why_not_adoptable(const shm::Header& h, const shm::Geometry& geometry,
+                              std::size_t size) {
   if (h.ready.load(std::memory_order_acquire) != 1) return "no segment in it";
   if (h.magic != shm::kMagic || h.layout_version != shm::kLayoutVersion)
     return "another layout version";
   try {
-    check_geometry(h.geometry);
+    check_geometry(geometry);
   } catch (const std::invalid_argument& error) {
     return error.what();
   }
-  const shm::Regions expected = shm::regions_of(h.geometry);
+  const shm::Regions expected = shm::regions_of(geometry);
   if (std::memcmp(&expected, &h.regions, sizeof expected) != 0 || expected.end > size ||
-      h.ring_capacity != shm::ring_capacity(h.geometry.slots) ||
-      h.max_pages_per_sequence != shm::max_pages_per_sequence(h.geometry))
+      h.ring_capacity != shm::ring_capacity(geometry.slots) ||
+      h.max_pages_per_sequence != shm::max_pages_per_sequence(geometry))
     return "its offsets do not fit its geometry";
   return "";
 }
@@ -62,9 +81,12 @@ class ServerLoop::Visit {
 };
 
 ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
-    : options_(options), mapping_(path), delays_(options.fault_seed) {
+    : options_(options),
+      mapping_(path),
+      respond_([this] { respond(); }),
+      delays_(options.fault_seed) {
   if (mapping_.size() < shm::kPageAlign) throw std::runtime_error(path + ": too small");
-  segment_ = SegmentView(mapping_.data());
+  if (mlock(mapping_.data(), mapping_.size()) != 0) not_locked_ = std::strerror(errno);
   std::atomic<bool> ready{false};
   thread_ = std::thread([this, &ready] {
     setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), options_.nice);
@@ -81,20 +103,23 @@ ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
 ServerLoop::~ServerLoop() { stop(); }
 
 void ServerLoop::recover() {
-  not_adopted_ = why_not_adoptable(segment_, mapping_.size());
+  shm::Header& h = header_in(mapping_);
+  const shm::Geometry geometry = h.geometry;
+  not_adopted_ = why_not_adoptable(h, geometry, mapping_.size());
   if (not_adopted_.empty()) {
     try {
-      open();
+      open(geometry);
     } catch (const std::runtime_error& error) {  // the page tables contradict one another
       not_adopted_ = error.what();
     }
   }
   if (!not_adopted_.empty()) {
-    segment_.header().ready.store(0, std::memory_order_release);
+    h.ready.store(0, std::memory_order_release);
     return;
   }
+  owner_ = {read_text(h.worker_id), h.epoch, h.segment_id};
   try {
-    bell_ = Mapping(segment_.header().bell_path);
+    bell_ = map_bell(read_text(h.bell_path));
   } catch (const std::runtime_error& error) {  // the worker is gone; it attaches when it is back
     std::fprintf(stderr, "cpuattn: adopted a segment without its bell: %s\n", error.what());
   }
@@ -103,7 +128,7 @@ void ServerLoop::recover() {
   for (std::uint32_t s = 0; s < segment_.geometry().slots; ++s) {
     const auto& slot = segment_.slot(s);
     const std::uint32_t done = slot.done_generation.load(std::memory_order_relaxed);
-    const std::uint64_t entry = shm::ring_entry(s, done);
+    const std::uint64_t entry = answer_entry(s, done, slot.status);
     // The answer may never have been published. If it was, the worker drops this one.
     if (done != 0 && done == slot.request_generation.load(std::memory_order_acquire) &&
         !responses_.holds(entry))
@@ -113,14 +138,18 @@ void ServerLoop::recover() {
   execute();
 }
 
-void ServerLoop::open() {
-  const shm::Header& h = segment_.header();
+void ServerLoop::open(const shm::Geometry& geometry) {
   executor_.reset();
+  segment_ = SegmentView(mapping_.data(), geometry);
+  const shm::Regions& regions = segment_.regions();
+  const std::uint32_t capacity = shm::ring_capacity(geometry.slots);
   executor_ = std::make_unique<Executor>(segment_, *threads_);
-  requests_ = Ring(segment_.at_offset(h.regions.request_ring), h.ring_capacity);
-  low_ = Ring(segment_.at_offset(h.regions.low_ring), h.ring_capacity);
-  responses_ = Ring(segment_.at_offset(h.regions.response_ring), h.ring_capacity);
+  requests_ = RingConsumer(segment_.at_offset(regions.request_ring), capacity);
+  low_ = RingConsumer(segment_.at_offset(regions.low_ring), capacity);
+  responses_ = RingProducer(segment_.at_offset(regions.response_ring), capacity);
+  entries_.reserve(capacity);
   checked_ = false;
+  damaged_ = false;
   attached_.store(true, std::memory_order_release);
 }
 
@@ -135,10 +164,9 @@ void ServerLoop::format(const std::string& worker_id, std::uint64_t epoch,
       throw std::invalid_argument("sinks: one for each head, or none");
   const shm::Regions regions = shm::regions_of(geometry);
   if (regions.end > mapping_.size()) throw std::invalid_argument("the arena is too small");
-  Mapping bell(bell_path);
-  if (bell.size() < sizeof(shm::Doorbell)) throw std::runtime_error(bell_path + ": not a bell");
+  Mapping bell = map_bell(bell_path);
   Visit visit(*this);
-  shm::Header& h = segment_.header();
+  shm::Header& h = header_in(mapping_);
   h.ready.store(0, std::memory_order_seq_cst);
   h.magic = shm::kMagic;
   h.layout_version = shm::kLayoutVersion;
@@ -153,37 +181,57 @@ void ServerLoop::format(const std::string& worker_id, std::uint64_t epoch,
   copy_text(h.bell_path, sizeof h.bell_path, bell_path);
   // All bookkeeping starts at zero; pages keep what they held, since lengths bound every read.
   std::memset(mapping_.data() + shm::kPageAlign, 0, regions.slab - shm::kPageAlign);
-  std::memset(segment_.page_table(0), 0xFF, regions.layer_options - regions.page_table);
+  const SegmentView segment(mapping_.data(), geometry);
+  std::memset(segment.page_table(0), 0xFF,
+              4ULL * geometry.max_sequences * h.max_pages_per_sequence);
   const std::size_t heads = geometry.heads;
-  std::fill_n(segment_.sinks(), geometry.layers * heads, -std::numeric_limits<float>::infinity());
+  std::fill_n(segment.sinks(), geometry.layers * heads, -std::numeric_limits<float>::infinity());
   for (std::size_t l = 0; l < layers.size(); ++l) {
-    segment_.layer_options()[l] = layers[l].options;
-    std::copy(layers[l].sinks.begin(), layers[l].sinks.end(), segment_.sinks() + l * heads);
+    segment.layer_options()[l] = layers[l].options;
+    std::copy(layers[l].sinks.begin(), layers[l].sinks.end(), segment.sinks() + l * heads);
   }
   held_ = {};
   answers_.clear();
   bell_ = std::move(bell);
-  open();
+  open(geometry);
+  owner_ = {worker_id, epoch, segment_id};
   h.ready.store(1, std::memory_order_release);
 }
 
 void ServerLoop::rebell(const std::string& bell_path) {
-  Mapping bell(bell_path);
-  if (bell.size() < sizeof(shm::Doorbell)) throw std::runtime_error(bell_path + ": not a bell");
+  Mapping bell = map_bell(bell_path);
   Visit visit(*this);
-  copy_text(segment_.header().bell_path, sizeof(shm::Header::bell_path), bell_path);
+  copy_text(header_in(mapping_).bell_path, sizeof(shm::Header::bell_path), bell_path);
   bell_ = std::move(bell);
 }
 
 void ServerLoop::run() {
-  shm::Doorbell& doorbell = segment_.header().doorbell;
+  shm::Doorbell& doorbell = header_in(mapping_).doorbell;
   while (!stopping_.load()) {
     progress_.fetch_add(1, std::memory_order_relaxed);
     while (visitor_.load() && !stopping_.load()) std::this_thread::yield();
+    if (spin()) continue;
     const std::uint32_t seen = doorbell.value.load(std::memory_order_acquire);
     if (step()) continue;
-    spin(seen);
-    wait_bell(doorbell, seen, sleep_us());
+    if (!wait_bell(doorbell, seen, sleep_us())) check_idle();
+  }
+}
+
+// Takes what comes within the spinning time; false when there was nothing. It looks at the rings
+// and not at the doorbell, whose line the worker then keeps to itself.
+bool ServerLoop::spin() {
+  if (options_.spin_us <= 0) return false;
+  std::int64_t until = 0;
+  for (;;) {
+    for (int i = 0; i < 64; ++i) {
+      if (step()) return true;
+      relax_core();
+    }
+    if (visitor_.load(std::memory_order_relaxed) || stopping_.load(std::memory_order_relaxed))
+      return true;
+    const std::int64_t now = now_us();
+    if (until == 0) until = now + options_.spin_us;
+    if (now >= until) return false;
   }
 }
 
@@ -191,34 +239,32 @@ void ServerLoop::run() {
 bool ServerLoop::step() {
   std::lock_guard lock(mutex_);
   if (!executor_) return false;
-  release_held();
+  if (!held_.empty()) release_held();
+  // At most what a ring holds: a worker that publishes without end must not keep the loop here.
+  const std::size_t all = shm::ring_capacity(segment_.geometry().slots);
+  if (!take(requests_, all) && !take(low_, kLowBatch)) return false;
+  execute();
+  checked_ = false;
+  return true;
+}
+
+// Moves up to `limit` messages from `ring` into batch_; false when it was empty.
+bool ServerLoop::take(RingConsumer& ring, std::size_t limit) {
+  entries_.clear();
   batch_.clear();
-  std::uint64_t entry = 0;
-  bool took = false;
-  while (requests_.pop(entry)) {
-    took = true;
+  for (std::uint64_t entry = 0; entries_.size() < limit && ring.pop(entry);) {
+    executor_->prefetch(entry);  // its line is in the worker's core; all of them come at once
+    entries_.push_back(entry);
+  }
+  if (entries_.empty()) return false;
+  ring.release();
+  for (const std::uint64_t entry : entries_)
     if (auto message = executor_->resolve(entry)) batch_.push_back(*message);
-  }
-  if (took) {
-    execute();
-    checked_ = false;
-    return true;
-  }
-  while (batch_.size() < kLowBatch && low_.pop(entry)) {
-    took = true;
-    if (auto message = executor_->resolve(entry)) batch_.push_back(*message);
-  }
-  if (took) {
-    execute();
-    checked_ = false;
-    return true;
-  }
-  check_idle();
-  return false;
+  return true;
 }
 
 void ServerLoop::execute() {
-  executor_->run(batch_, answers_);
+  executor_->run(batch_, answers_, respond_);
   respond();
 }
 
@@ -243,33 +289,25 @@ void ServerLoop::release_held() {
   respond();
 }
 
+// Called after a sleep in which nothing came, so that no message waits for it.
 void ServerLoop::check_idle() {
-  if (checked_) return;
+  std::lock_guard lock(mutex_);
+  if (checked_ || !executor_) return;
   checked_ = true;
   std::string wrong = executor_->pages().check_integrity();
   if (wrong.empty() && !(requests_.consistent() && low_.consistent() && responses_.consistent()))
     wrong = "a ring holds more than its capacity";
   if (wrong.empty()) return;
   ++integrity_errors_;
-  std::fprintf(stderr, "cpuattn: integrity check failed: %s\n", wrong.c_str());
+  // Said once: a worker that overwrites our side could fill the log.
+  if (!damaged_) std::fprintf(stderr, "cpuattn: integrity check failed: %s\n", wrong.c_str());
+  damaged_ = true;
 }
 
 std::int64_t ServerLoop::sleep_us() {
   std::lock_guard lock(mutex_);
   if (held_.empty()) return kMaxSleepUs;
   return std::clamp<std::int64_t>(held_.top().due_us - now_us(), 0, kMaxSleepUs);
-}
-
-void ServerLoop::spin(std::uint32_t seen) {
-  if (options_.spin_us <= 0) return;
-  const auto& value = segment_.header().doorbell.value;
-  const std::int64_t until = now_us() + options_.spin_us;
-  while (value.load(std::memory_order_acquire) == seen && now_us() < until)
-    for (int i = 0; i < 64; ++i) {
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
-    }
 }
 
 bool ServerLoop::drained() {
@@ -289,14 +327,14 @@ bool ServerLoop::drain(std::int64_t timeout_ms) {
 void ServerLoop::stop() {
   if (!thread_.joinable()) return;
   stopping_.store(true);
-  ring_bell(segment_.header().doorbell);
+  ring_bell(header_in(mapping_).doorbell);
   thread_.join();
 }
 
 ExecutorStats ServerLoop::stats() {
   Visit visit(*this);
   ExecutorStats stats = executor_ ? executor_->stats() : ExecutorStats{};
-  stats.errors += integrity_errors_;
+  stats.errors += integrity_errors_ + requests_.bad_tails() + low_.bad_tails();
   return stats;
 }
 

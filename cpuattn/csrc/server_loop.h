@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <queue>
@@ -12,6 +13,7 @@
 #include <vector>
 
 #include "executor.h"
+#include "ring.h"
 
 namespace omniserve {
 
@@ -30,6 +32,13 @@ struct LayerRules {
   std::vector<float> sinks;
 };
 
+// Whose segment it is. The header says the same, but the worker can write there.
+struct Owner {
+  std::string worker_id;
+  std::uint64_t epoch = 0;
+  std::uint64_t segment_id = 0;
+};
+
 class ServerLoop {
  public:
   // Maps the arena at `path`, adopts the segment in it if it is whole, and starts.
@@ -38,9 +47,12 @@ class ServerLoop {
 
   // Why the file's segment was not adopted; "" if it was.
   const std::string& not_adopted() const { return not_adopted_; }
+  // Why the file could not be kept from being swapped out; "" if it was.
+  const std::string& not_locked() const { return not_locked_; }
   bool attached() const { return attached_.load(std::memory_order_acquire); }
-  // Only valid while attached.
-  const shm::Header& header() const { return segment_.header(); }
+  // Only valid while attached, and between calls of format.
+  const Owner& owner() const { return owner_; }
+  const shm::Geometry& geometry() const { return segment_.geometry(); }
 
   // Formats the segment for a new epoch; what it held is lost.
   void format(const std::string& worker_id, std::uint64_t epoch, std::uint64_t segment_id,
@@ -66,36 +78,42 @@ class ServerLoop {
   };
 
   void run();
+  bool spin();
   bool step();
+  bool take(RingConsumer& ring, std::size_t limit);
   bool drained();
   void execute();
   void respond();
   void release_held();
-  void open();
+  void open(const shm::Geometry& geometry);
   void recover();
   void check_idle();
   std::int64_t sleep_us();
-  void spin(std::uint32_t seen);
 
   LoopOptions options_;
   Mapping mapping_;
   SegmentView segment_;
+  Owner owner_;
   std::string not_adopted_;
+  std::string not_locked_;
   std::unique_ptr<ThreadPool> threads_;
   Mapping bell_;
 
   // All below is guarded by mutex_, which the loop holds for one step at a time.
   std::mutex mutex_;
   std::unique_ptr<Executor> executor_;
-  Ring requests_;
-  Ring low_;
-  Ring responses_;
+  RingConsumer requests_;
+  RingConsumer low_;
+  RingProducer responses_;
+  std::vector<std::uint64_t> entries_;
   std::vector<Message> batch_;
   std::vector<std::uint64_t> answers_;
+  const std::function<void()> respond_;
   std::priority_queue<Held, std::vector<Held>, std::greater<Held>> held_;
   std::mt19937_64 delays_;
   std::uint64_t integrity_errors_ = 0;
-  bool checked_ = true;
+  bool checked_ = true;   // since the last message
+  bool damaged_ = false;  // a failed check was reported
 
   std::atomic<bool> attached_{false};
   std::atomic<bool> visitor_{false};  // asks the loop to let go of mutex_

@@ -5,6 +5,8 @@
 
 #include <chrono>
 
+#include "spin.h"
+
 namespace omniserve {
 namespace {
 
@@ -56,7 +58,7 @@ void ThreadPool::run(const std::function<void()>& task) {
   task();
   open_.store(false);
   for (int turns = 0; inside_.load() != 0; ++turns)
-    turns < kPausesBeforeYield ? pause() : std::this_thread::yield();
+    turns < kPausesBeforeYield ? relax_core() : std::this_thread::yield();
 }
 
 void ThreadPool::join_task() {
@@ -72,7 +74,7 @@ bool ThreadPool::spin_for_task(std::uint32_t seen) const {
   do {
     for (int i = 0; i < 64; ++i) {
       if (tasks_.load(std::memory_order_acquire) != seen) return true;
-      pause();
+      relax_core();
     }
   } while (Clock::now() < until);
   return false;

@@ -50,11 +50,4 @@ class ThreadPool {
 // Pins the calling thread; a CPU that may not be used is ignored.
 void pin_this_thread(int cpu);
 
-// Tells the core that this is a spinning loop.
-inline void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#endif
-}
-
 }  // namespace omniserve

@@ -7,19 +7,22 @@ namespace omniserve {
 WorkerLink::WorkerLink(const std::string& path) : mapping_(path) {
   const auto refuse = [&](const char* why) { throw std::runtime_error(path + ": " + why); };
   if (mapping_.size() < sizeof(shm::Header)) refuse("shorter than a segment's header");
-  segment_ = SegmentView(mapping_.data());
-  const shm::Header& header = segment_.header();
+  const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping_.data());
   if (header.ready.load(std::memory_order_acquire) != 1) refuse("the segment is not ready");
   if (header.magic != shm::kMagic) refuse("not a segment");
   if (header.layout_version != shm::kLayoutVersion) refuse("another layout version");
-  if (header.regions.end > mapping_.size()) refuse("the segment is truncated");
+  const shm::Geometry geometry = header.geometry;
+  check_geometry(geometry);
+  segment_ = SegmentView(mapping_.data(), geometry);
+  const shm::Regions& regions = segment_.regions();
+  if (regions.end > mapping_.size()) refuse("the segment is truncated");
   epoch_ = header.epoch;
   segment_id_ = header.segment_id;
-  const std::uint32_t capacity = header.ring_capacity;
-  request_.ring = Ring(segment_.at_offset(header.regions.request_ring), capacity);
-  low_.ring = Ring(segment_.at_offset(header.regions.low_ring), capacity);
-  responses_ = Ring(segment_.at_offset(header.regions.response_ring), capacity);
-  const std::uint32_t slots = header.geometry.slots;
+  const std::uint32_t capacity = shm::ring_capacity(geometry.slots);
+  request_.ring = RingProducer(segment_.at_offset(regions.request_ring), capacity);
+  low_.ring = RingProducer(segment_.at_offset(regions.low_ring), capacity);
+  responses_ = RingConsumer(segment_.at_offset(regions.response_ring), capacity);
+  const std::uint32_t slots = geometry.slots;
   in_use_.resize(slots, 0);
   generation_.resize(slots);
   for (std::uint32_t s = 0; s < slots; ++s)
@@ -55,6 +58,8 @@ void WorkerLink::submit(std::uint32_t kind, const std::int32_t* layers,
     const bool exists = slots[i] >= 0 && static_cast<std::size_t>(slots[i]) < in_use_.size();
     if (exists && !in_use_[slots[i]]) {
       in_use_[slots[i]] = 1;
+      // The server wrote there last: all lines come at once instead of one after the other.
+      __builtin_prefetch(&segment_.slot(static_cast<std::uint32_t>(slots[i])), 1);
       continue;
     }
     for (std::size_t j = 0; j < i; ++j) in_use_[slots[j]] = 0;
@@ -83,9 +88,8 @@ void WorkerLink::poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t
     const bool sent = flush(request_);
     if (flush(low_) || sent) ring_bell(segment_.header().doorbell);
   }
-  std::uint64_t entry = 0;
-  while (responses_.pop(entry)) {
-    const std::uint32_t slot = shm::entry_slot(entry);
+  for (std::uint64_t entry = 0; responses_.pop(entry);) {
+    const std::uint32_t slot = answer_slot(entry);
     // A restarted server repeats answers that were consumed: their message is not outstanding.
     if (slot >= in_use_.size() || !in_use_[slot] ||
         generation_[slot] != shm::entry_generation(entry))
@@ -93,8 +97,9 @@ void WorkerLink::poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t
     in_use_[slot] = 0;
     --outstanding_;
     slots.push_back(static_cast<std::int32_t>(slot));
-    statuses.push_back(static_cast<std::uint8_t>(segment_.slot(slot).status));
+    statuses.push_back(static_cast<std::uint8_t>(answer_status(entry)));
   }
+  responses_.release();
 }
 
 void WorkerLink::check_integrity() const {

@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "ring.h"
 #include "segment.h"
 
 namespace omniserve {
@@ -34,7 +35,7 @@ class WorkerLink {
 
  private:
   struct Side {
-    Ring ring;
+    RingProducer ring;
     std::deque<std::uint64_t> kept_back;
   };
   void push(Side& side, std::uint64_t entry);
@@ -47,7 +48,7 @@ class WorkerLink {
   std::uint64_t segment_id_ = 0;
   Side request_;
   Side low_;
-  Ring responses_;
+  RingConsumer responses_;
   std::vector<std::uint32_t> generation_;  // per slot, of its last message
   std::vector<std::uint8_t> in_use_;       // per slot
   std::uint32_t outstanding_ = 0;

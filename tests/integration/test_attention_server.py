@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -26,6 +27,7 @@ from omniserve.attnkernel import (
     STATUS_NO_PAGE,
     STATUS_OK,
 )
+from omniserve.cpuattn.topology import numa_nodes
 from omniserve.errors import (
     GeometryError,
     InvalidArgumentError,
@@ -247,6 +249,24 @@ def test_two_servers_cannot_share_an_arena(server: ServerProcess, shm_dir: Path)
     assert ended.returncode == 1
     assert "belongs to another running server" in ended.stderr
     assert server.arena.exists()
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) > 64, reason="claims every core")
+def test_exclusive_cores_that_other_servers_have_are_refused(shm_dir: Path) -> None:
+    node = max(numa_nodes().values(), key=lambda cores: len(set(cores) & os.sched_getaffinity(0)))
+    threads = str(len(set(node) & os.sched_getaffinity(0)))
+    first = ServerProcess(shm_dir, "--cores", "exclusive", "--threads", threads)
+    try:
+        log = first.log.read_text()
+        assert "attention thread(s), exclusive cores, pinned" in log
+        assert f"{node[0]}*" in log
+        flags = ["--server-id", "a1", "--listen", "127.0.0.1:0", "--cores", "exclusive"]
+        ended = run_server(shm_dir, *flags, "--threads", threads)
+        assert ended.returncode == 2
+        assert ended.stderr.startswith("cpuattn: SETTINGS: threads: ")
+        assert "not taken by other servers" in ended.stderr
+    finally:
+        first.close()
 
 
 def test_an_unusable_setting_is_named(shm_dir: Path) -> None:

@@ -42,12 +42,14 @@ GEOMETRY = layout.Geometry(
     slots=96,
 )
 PAGES = 24
+ARENA_BYTES = layout.arena_bytes(GEOMETRY, PAGES)
 
 
 class ServerProcess:
     """`python -m omniserve.cpuattn`, restartable on the same arena and port."""
 
-    def __init__(self, shm_dir: Path, *flags: str) -> None:
+    def __init__(self, shm_dir: Path, *flags: str, arena_bytes: int = ARENA_BYTES) -> None:
+        self.arena_bytes = arena_bytes
         self.shm_dir = shm_dir
         self.flags = flags
         self.log = shm_dir / "server.log"
@@ -56,15 +58,25 @@ class ServerProcess:
 
     def start(self) -> None:
         """Returns when the server answers."""
-        command = [sys.executable, "-m", "omniserve.cpuattn", "--shm-dir", str(self.shm_dir)]
-        command += ["--arena-bytes", str(layout.arena_bytes(GEOMETRY, PAGES))]
-        command += ["--listen", "127.0.0.1:0", *self.flags]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stderr=log)
+        self._spawn()
         self.port = self._find_port()
         self.channel = grpc.insecure_channel(f"127.0.0.1:{self.port}")
         grpc.channel_ready_future(self.channel).result(timeout=PATIENCE_S)
         self.stub = attention_pb2_grpc.AttentionServiceStub(self.channel)
+
+    def start_and_kill(self, after_s: float) -> None:
+        """Kills it that long after its process was made."""
+        self._spawn()
+        time.sleep(after_s)
+        self.process.kill()
+        self.process.wait()
+
+    def _spawn(self) -> None:
+        command = [sys.executable, "-m", "omniserve.cpuattn", "--shm-dir", str(self.shm_dir)]
+        command += ["--arena-bytes", str(self.arena_bytes)]
+        command += ["--listen", "127.0.0.1:0", *self.flags]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stderr=log)
 
     def _find_port(self) -> int:
         deadline = time.monotonic() + PATIENCE_S
@@ -124,21 +136,14 @@ class ServerProcess:
         return answer
 
 
-class Worker:
+class WorkerEnd:
     """Sends rows and remembers the KV it sent, [position] -> k, v, per sequence and layer."""
 
-    def __init__(
-        self,
-        server: ServerProcess,
-        seed: int = 0,
-        epoch: int = 1,
-        geometry: layout.Geometry = GEOMETRY,
-        layers: Sequence[attention_pb2.LayerOptions] = (),
-    ) -> None:
-        self.server = server
-        self.attached = server.attach(geometry, epoch=epoch, layers=layers)
-        self.link = WorkerLink(self.attached.segment_path)
-        self.bell = Bell(str(server.shm_dir / "w0.bell"), create=False)
+    def __init__(self, shm_dir: Path, seed: int) -> None:
+        """Of a segment that was attached to already."""
+        self.log = shm_dir / "server.log"
+        self.link = WorkerLink(str(shm_dir / "a0.arena"))
+        self.bell = Bell(str(shm_dir / "w0.bell"), create=False)
         self.rng = np.random.default_rng(seed)
         self.free = list(range(GEOMETRY.slots))
         self.kv: dict[tuple[int, int], dict[int, NDArray[np.float32]]] = {}
@@ -186,7 +191,7 @@ class Worker:
                 return [self.statuses[slot] for slot in slots]
             if time.monotonic() > deadline:
                 missing = [self.sent[s] for s in slots if s not in self.statuses]
-                raise TimeoutError(f"{missing}\n{self.server.log.read_text()}")
+                raise TimeoutError(f"{missing}\n{self.log.read_text()}")
             self.bell.wait(seen, 100_000)
 
     def release(self, slots: list[int]) -> None:
@@ -235,3 +240,19 @@ class Worker:
             weights = np.exp(scores - scores.max())
             expected = weights @ v[:, head // group] / weights.sum()
             np.testing.assert_allclose(out[head], expected, rtol=2e-5, atol=2e-5)
+
+
+class Worker(WorkerEnd):
+    """A worker that attaches itself."""
+
+    def __init__(
+        self,
+        server: ServerProcess,
+        seed: int = 0,
+        epoch: int = 1,
+        geometry: layout.Geometry = GEOMETRY,
+        layers: Sequence[attention_pb2.LayerOptions] = (),
+    ) -> None:
+        self.server = server
+        self.attached = server.attach(geometry, epoch=epoch, layers=layers)
+        super().__init__(server.shm_dir, seed)

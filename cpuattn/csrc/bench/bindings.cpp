@@ -3,4 +3,5 @@
 NB_MODULE(_bench, m) {
   omniserve::bind_attention(m);
   omniserve::bind_bandwidth(m);
+  omniserve::bind_transport(m);
 }

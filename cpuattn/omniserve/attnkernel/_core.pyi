@@ -214,6 +214,10 @@ class ServerLoop:
         """Why the segment in the file was not adopted; empty if it was."""
 
     @property
+    def not_locked(self) -> str:
+        """Why the file could not be kept from being swapped out; empty if it was."""
+
+    @property
     def attached(self) -> bool: ...
     @property
     def worker_id(self) -> str: ...

@@ -15,7 +15,7 @@ from omniserve.attnkernel._core import ServerLoop
 from omniserve.cpuattn.arena import Arena
 from omniserve.cpuattn.service import AttentionService
 from omniserve.cpuattn.settings import CpuAttnSettings
-from omniserve.cpuattn.topology import choose_cores
+from omniserve.cpuattn.topology import Cores, choose_cores
 from omniserve.internal.v1 import attention_pb2, attention_pb2_grpc
 from omniserve.rpc import SERVER_OPTIONS, add_reflection, bind
 
@@ -34,9 +34,10 @@ def serve(settings: CpuAttnSettings) -> None:
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=SERVER_OPTIONS)
     # The port first: it is the cheapest thing to find taken.
     port = bind(server, settings.listen)
-    arena = Arena(settings.arena_path, settings.arena_bytes)
+    with cores.here():
+        arena = Arena(settings.arena_path, settings.arena_bytes)
     loop = _start_loop(settings, cores)
-    _say(settings, cores, loop, port)
+    _say(settings, cores, arena, loop, port)
     service = AttentionService(settings, loop)
     attention_pb2_grpc.add_AttentionServiceServicer_to_server(service, server)
     health_servicer = health.HealthServicer()
@@ -51,14 +52,14 @@ def serve(settings: CpuAttnSettings) -> None:
     arena.remove()
 
 
-def _start_loop(settings: CpuAttnSettings, cores: list[int]) -> ServerLoop:
+def _start_loop(settings: CpuAttnSettings, cores: Cores) -> ServerLoop:
     exclusive = settings.cores == "exclusive"
     return ServerLoop(
         str(settings.arena_path),
         threads=settings.threads,
         spin_us=settings.spin_us if exclusive else 0,
         nice=0 if exclusive else settings.nice,
-        cpus=cores,
+        cpus=cores.pinned,
         fault_delay_us=settings.fault_delay_ms * 1000,
         fault_seed=settings.fault_seed,
     )
@@ -81,12 +82,18 @@ def _publish(servicer: health.HealthServicer, *, alive: bool) -> None:
         servicer.set(name, status)
 
 
-def _say(settings: CpuAttnSettings, cores: list[int], loop: ServerLoop, port: int) -> None:
-    pinned = f"pinned to {cores}" if cores else f"not pinned, nice {settings.nice}"
+def _say(
+    settings: CpuAttnSettings, cores: Cores, arena: Arena, loop: ServerLoop, port: int
+) -> None:
+    pinned = "pinned" if cores.pinned else f"not pinned, nice {settings.nice}"
+    locked = f"not locked: {loop.not_locked}" if loop.not_locked else "locked"
     facts = [
         f"listening on {settings.listen} (port {port})",
-        f"{settings.threads} attention thread(s), {pinned}, {kernel_name()} kernel",
-        f"arena {settings.arena_path}, {settings.arena_bytes} bytes, allocated",
+        f"{settings.threads} attention thread(s), {settings.cores} cores, {pinned}, "
+        f"{kernel_name()} kernel",
+        cores.map,
+        f"arena {arena.path}, {arena.size_bytes} bytes, allocated, "
+        f"{arena.huge_bytes} of them in huge pages, {locked}",
         f"started empty: {loop.not_adopted}"
         if loop.not_adopted
         else f"adopted segment {loop.segment_id} of worker {loop.worker_id}",

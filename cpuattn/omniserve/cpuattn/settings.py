@@ -36,8 +36,8 @@ class CpuAttnSettings(BaseSettings):
     threads: int = Field(1, ge=1, le=256, description="Threads that compute attention.")
     cores: Literal["shared", "exclusive"] = Field(
         "shared",
-        description="shared: no spinning, low priority. exclusive: one pinned core per thread of "
-        "those the process may use; spins before it sleeps.",
+        description="shared: no spinning, low priority. exclusive: one pinned core per thread, all "
+        "on one NUMA node, that no other server of the host has; spins before it sleeps.",
     )
     nice: int = Field(
         10, ge=0, le=19, description="Priority of the threads on shared cores, as in nice(1)."
