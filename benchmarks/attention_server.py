@@ -15,8 +15,10 @@ over the second) and `fraction_of_kernel`, the least fraction.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -30,13 +32,12 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.attention_process import ServerProcess
+from support.attention_process import PATIENCE_S, ServerProcess
 
 from omniserve.attnkernel import (
     KIND_ATTEND,
     KIND_CHECKPOINT,
     STATUS_OK,
-    Bell,
     PagedKv,
     WorkerLink,
 )
@@ -45,6 +46,7 @@ from omniserve.shm import layout
 COHORTS = 4
 """Messages in flight: the server works on one while the producer sends others again. A worker has
 a cohort per stage, that is, many more."""
+POLL_S = 50e-6
 KV_BYTES = 256 << 20
 """Of each side. Layers are what tells one call's KV from the next one's."""
 
@@ -103,12 +105,14 @@ def _options() -> argparse.Namespace:
 
 def _measure(case: Case, cores: list[int], rounds: int, turn_ms: int) -> dict[str, Any]:
     worker_core, server_core = cores
-    kernel = BareKernel(case)
+    _allow_huge_pages(True)
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="omniserve-bench-") as folder:
         os.sched_setaffinity(0, {server_core})  # inherited by the server, which pins itself to it
         server = FedServer(Path(folder), case)
         os.sched_setaffinity(0, cores)
         try:
+            _allow_huge_pages(server.huge_bytes > 0)
+            kernel = BareKernel(case)
             gbs: dict[str, list[float]] = {"server": [], "kernel": []}
             for _ in range(rounds):
                 os.sched_setaffinity(0, {worker_core})
@@ -126,9 +130,17 @@ def _measure(case: Case, cores: list[int], rounds: int, turn_ms: int) -> dict[st
         "server_gbs": round(statistics.median(gbs["server"]), 2),
         "kernel_gbs": round(statistics.median(gbs["kernel"]), 2),
         "fraction": round(statistics.median(fractions), 4),
+        "huge_pages": server.huge_bytes > 0,
     }
     print(result, file=sys.stderr)
     return result
+
+
+def _allow_huge_pages(allowed: bool) -> None:
+    """The kernel's pool gets the kind of pages that the arena got from tmpfs, so that the ratio is
+    about the server and not about the host's settings."""
+    pr_set_thp_disable = 41
+    ctypes.CDLL(None).prctl(pr_set_thp_disable, int(not allowed), 0, 0, 0)
 
 
 class BareKernel:
@@ -185,10 +197,16 @@ class FedServer:
         )
         size = layout.arena_bytes(geometry, case.batch * geometry.max_pages_per_sequence)
         self.process = ServerProcess(shm_dir, "--cores", "exclusive", arena_bytes=size)
-        self.link = WorkerLink(self.process.attach(geometry).segment_path)
-        self.bell = Bell(str(shm_dir / "w0.bell"), create=False)
-        self.layer = 0
-        self._fill(geometry.slots)
+        # As the server says at its start.
+        said = re.search(r"(\d+) of them in huge pages", self.process.log.read_text())
+        self.huge_bytes = int(said[1]) if said else 0
+        try:
+            self.link = WorkerLink(self.process.attach(geometry).segment_path)
+            self.layer = 0
+            self._fill(geometry.slots)
+        except BaseException:
+            self.process.close()
+            raise
 
     def close(self) -> None:
         self.process.terminate()
@@ -237,14 +255,17 @@ class FedServer:
         return case.batch
 
     def _take(self) -> list[int]:
-        """Slots of answers, at least one."""
-        while True:
-            seen = self.bell.value()
+        """Slots of answers, at least one. Looks for them every now and then, as a worker between
+        its stages does: it is not on its bell, whose ringing would be the server's work, and does
+        not spin, for the cores may be two threads of one."""
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
             slots, statuses = self.link.poll()
             if len(slots):
                 assert (statuses == STATUS_OK).all(), statuses
                 return [int(slot) for slot in slots]
-            assert self.bell.wait(seen, 10_000_000), "the server does not answer"
+            time.sleep(POLL_S)
+        raise TimeoutError("the server does not answer")
 
     def _wait(self, answers: int) -> None:
         while answers:
