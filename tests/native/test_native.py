@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "cpuattn"
+# The environment's own, which nobody need have put on the path.
+CMAKE = shutil.which("cmake", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}") or "cmake"
 
 Build = Callable[[str, str], Path]
 
@@ -23,8 +27,8 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         where = folder / sanitizer.replace(",", "-")
         options = {"PYTHON": "OFF", "NATIVE_TESTS": "ON", "SANITIZE": sanitizer}
         flags = [f"-DOMNISERVE_{name}={value}" for name, value in options.items()]
-        _run("cmake", "-S", str(SOURCE), "-B", str(where), *flags)
-        _run("cmake", "--build", str(where), "--parallel", "2", "--target", program)
+        _run(CMAKE, "-S", str(SOURCE), "-B", str(where), *flags)
+        _run(CMAKE, "--build", str(where), "--parallel", "2", "--target", program)
         return where / "csrc" / "tests" / program
 
     return compiled
