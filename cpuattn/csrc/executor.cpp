@@ -22,6 +22,10 @@ Executor::Executor(const SegmentView& segment, ThreadPool& threads)
       elem_bytes_(shm::dtype_bytes(segment.geometry().dtype)),
       token_bytes_(shm::block_bytes(segment.geometry()) * segment.geometry().kv_heads /
                    segment.geometry().page_tokens),
+      layer_options_(segment.layer_options(),
+                     segment.layer_options() + segment.geometry().layers),
+      sinks_(segment.sinks(),
+             segment.sinks() + std::size_t{segment.geometry().layers} * segment.geometry().heads),
       taken_(segment.geometry().slots, 0),
       attended_in_(segment.geometry().max_sequences, 0) {}
 
@@ -141,8 +145,8 @@ std::uint32_t Executor::append(const Message& m) {
 }
 
 AttendOptions Executor::options_of(std::uint32_t layer) const {
-  const shm::LayerOptions& options = segment_.layer_options()[layer];
-  const float* sinks = segment_.sinks() + std::size_t{layer} * segment_.geometry().heads;
+  const shm::LayerOptions& options = layer_options_[layer];
+  const float* sinks = sinks_.data() + std::size_t{layer} * segment_.geometry().heads;
   return {options.window, options.softcap, sinks};
 }
 

@@ -79,6 +79,8 @@ class Executor {
   std::size_t elem_bytes_;
   std::uint64_t token_bytes_;  // K and V of one token in one layer
   ExecutorStats stats_;
+  std::vector<shm::LayerOptions> layer_options_;  // private: the worker can write the segment's
+  std::vector<float> sinks_;                      // [layers][heads]
   std::vector<std::uint64_t> taken_;  // per slot, a mark of its message that is here; 0 = none
   std::vector<Message> deferred_;
   std::vector<std::uint64_t>* answers_ = nullptr;

@@ -37,7 +37,10 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 def _run(*command: str) -> str:
     # A report of the sanitizer ends the program, also one of undefined behaviour.
     environment = {**os.environ, "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1"}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    # Damaged segments name damaged paths.
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
     assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-8000:]
     return ended.stdout
 
