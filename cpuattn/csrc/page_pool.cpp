@@ -17,19 +17,43 @@ PagePool::PagePool(const SegmentView& segment) : segment_(segment) {
   std::string wrong = mark_used(used);
   if (wrong.empty()) wrong = check_lengths();
   if (!wrong.empty()) throw std::runtime_error(wrong);
-  free_.reserve(g.pages);
-  for (std::uint32_t page = g.pages; page-- > 0;)
-    if (!used[page]) free_.push_back(static_cast<std::int32_t>(page));
+  free_.resize(g.pages);
+  for (std::uint32_t page = 0; page < g.pages; ++page) free_[page] = !used[page];
+  free_count_ = static_cast<std::uint32_t>(std::count(free_.begin(), free_.end(), true));
+}
+
+// The page behind the sequence's last one; where that is taken, and for a first page, the middle of
+// the longest free run: so both this sequence and the one before the run can grow on.
+std::uint32_t PagePool::choose_page(std::uint32_t sequence, std::uint32_t index) const {
+  const auto pages = static_cast<std::uint32_t>(free_.size());
+  if (index > 0) {
+    const std::int32_t before = table(sequence)[index - 1];
+    if (before >= 0 && static_cast<std::uint32_t>(before) + 1 < pages && free_[before + 1])
+      return static_cast<std::uint32_t>(before) + 1;
+  }
+  std::uint32_t best = 0, best_length = 0;
+  for (std::uint32_t page = 0; page < pages;) {
+    std::uint32_t end = page;
+    while (end < pages && free_[end]) ++end;
+    if (end - page > best_length) {
+      best = page;
+      best_length = end - page;
+    }
+    page = end + 1;
+  }
+  // Nobody grows into the first page of all from before it.
+  return best == 0 ? 0 : best + best_length / 2;
 }
 
 std::int32_t PagePool::page_for(std::uint32_t sequence, std::uint32_t position) {
   const std::uint32_t index = position / segment_.geometry().page_tokens;
   std::int32_t& entry =
       tables_[std::size_t{sequence} * segment_.max_pages_per_sequence() + index];
-  if (entry >= 0 || free_.empty()) return entry;
+  if (entry >= 0 || free_count_ == 0) return entry;
   segment_.sequence_state(sequence).store(shm::kActive, std::memory_order_release);
-  entry = free_.back();
-  free_.pop_back();
+  entry = static_cast<std::int32_t>(choose_page(sequence, index));
+  free_[entry] = false;
+  --free_count_;
   segment_.page_table(sequence)[index] = entry;
   return entry;
 }
@@ -39,7 +63,10 @@ void PagePool::free_sequence(std::uint32_t sequence) {
   const std::size_t first = std::size_t{sequence} * segment_.max_pages_per_sequence();
   for (std::uint32_t i = 0; i < segment_.max_pages_per_sequence(); ++i) {
     std::int32_t& entry = tables_[first + i];
-    if (entry >= 0) free_.push_back(entry);
+    if (entry >= 0) {
+      free_[entry] = true;
+      ++free_count_;
+    }
     entry = -1;
     segment_.page_table(sequence)[i] = -1;
   }
@@ -93,11 +120,13 @@ std::string PagePool::check_integrity() const {
   std::vector<bool> used(segment_.geometry().pages);
   std::string wrong = mark_used(used);
   if (!wrong.empty()) return wrong;
-  for (const std::int32_t page : free_) {
-    if (used[page]) return "page " + std::to_string(page) + " is free and in use, or free twice";
-    used[page] = true;
+  for (std::uint32_t page = 0; page < used.size(); ++page) {
+    const std::string name = "page " + std::to_string(page);
+    if (used[page] && free_[page]) return name + " is free and in use";
+    if (!used[page] && !free_[page]) return name + " leaked";
   }
-  if (std::find(used.begin(), used.end(), false) != used.end()) return "a page leaked";
+  if (free_count_ != std::count(free_.begin(), free_.end(), true))
+    return "free pages were miscounted";
   wrong = check_lengths();
   return wrong.empty() ? check_copies() : wrong;
 }

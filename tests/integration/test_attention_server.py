@@ -54,6 +54,18 @@ def test_attend_appends_and_answers_with_attention_over_the_whole_sequence(
     assert (stats.pages_total, stats.pages_free, stats.errors) == (PAGES, PAGES - 3, 0)
 
 
+def test_pages_of_a_sequence_follow_one_another_while_others_grow_too(worker: Worker) -> None:
+    for tokens in (16, 32, 48, 64):
+        for sequence in (0, 1, 2):
+            rows = [(la, sequence, p) for p in range(tokens - 16, tokens) for la in (0, 1)]
+            assert set(worker.run(KIND_CHECKPOINT, rows)) == {STATUS_OK}
+    at = layout.regions(GEOMETRY, PAGES)["page_table"]
+    shape = (GEOMETRY.max_sequences, GEOMETRY.max_pages_per_sequence)
+    tables = np.memmap(worker.attached.segment_path, np.int32, "r", at, shape)
+    for sequence in (0, 1, 2):
+        assert np.diff(tables[sequence, :4]).tolist() == [1, 1, 1]
+
+
 def test_rows_of_several_sequences_and_layers_share_one_message(worker: Worker) -> None:
     for sequence, tokens in ((0, 5), (1, 33), (2, 16)):
         worker.prefill(sequence, tokens)

@@ -21,11 +21,14 @@ class BlockPool:
         return -(-tokens // self.page_tokens)
 
     def take(self, pages: int) -> list[int]:
-        """Returns `pages` page ids. The caller has made sure that they are free."""
+        """Returns `pages` page ids. The caller has made sure that they are free.
+
+        Pages of a fresh pool come in ascending order: attention reads them in one sweep.
+        """
         assert pages <= len(self._free), "taking more pages than are free"
         taken = self._free[len(self._free) - pages :]
         del self._free[len(self._free) - pages :]
-        return taken
+        return taken[::-1]
 
     def give_back(self, pages: list[int]) -> None:
         """Takes every page of `pages` and empties the list."""
