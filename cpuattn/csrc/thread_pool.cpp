@@ -81,7 +81,7 @@ bool ThreadPool::spin_for_task(std::uint32_t seen) const {
 }
 
 void ThreadPool::help() {
-  std::uint32_t seen = tasks_.load();
+  std::uint32_t seen = 0;  // a task may be older than this thread
   while (!stopping_.load()) {
     if (!spin_for_task(seen)) {
       std::unique_lock lock(mutex_);
