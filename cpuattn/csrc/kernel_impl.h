@@ -42,7 +42,6 @@ struct Tile {
 // How far ahead of a read memory is fetched: far enough for its latency, and little enough to be
 // still in the first-level cache when its turn comes.
 constexpr std::size_t kFetchAhead = 8192;
-constexpr int kSoftenLines = 4;  // fetched while the scores of a query become weights
 
 // What is kFetchAhead bytes behind `at` in the order of reading; a block is `size` bytes.
 INLINE const std::byte* ahead_of(const Blocks& blocks, const Blocks& ahead, std::uint32_t page,
@@ -254,7 +253,9 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
 
   alignas(64) std::uint32_t weights[N * F::kTerms * kTileTokens / F::kPacking];
   float steps[N];
-  // Memory must not rest meanwhile: this runs ahead of the first lines that `gather` fetches.
+  // Memory must not rest meanwhile: this runs ahead of the first lines that `gather` fetches, by
+  // what comes in that time. Measured; many queries take longer than they are many.
+  constexpr int kSoftenLines = N >= 4 ? 14 : 4;
   const std::byte* fetch = ahead_of(blocks, ahead, 0, values / 2, values);
   for (int i = 0; i < N; ++i) {
     if (kFetch)
