@@ -40,7 +40,6 @@ class Mirror:
             pages, offsets = self._place(request, positions)
             self._kv.export_rows(self._server.link, layers, pages, offsets, slots)
             self._send(KIND_CHECKPOINT, request, layers, positions, slots)
-            request.mirrored_sent += tokens
         return tokens
 
     def restore(self, request: Request) -> None:
