@@ -238,7 +238,8 @@ class Lifecycle:
             self._start(request, request.limit)
             self.state.ls_running.append(request)
         for request in moves.grow:
-            if self.blocks.free:
+            # The same decision may have demoted it for a request that starts.
+            if request.place is Place.DEVICE and self.blocks.free:
                 self.blocks.grow(request)
         for request in moves.start_be:
             self._start_be(request)
