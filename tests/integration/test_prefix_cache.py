@@ -27,15 +27,9 @@ def start(model: TinyModel, **flags: Any) -> WorkerStack:
 
 
 @pytest.fixture(scope="module")
-def shared_stack(model: TinyModel) -> Iterator[WorkerStack]:
+def stack(model: TinyModel) -> Iterator[WorkerStack]:
     with start(model, device_kv_tokens=2048) as stack:
         yield stack
-
-
-@pytest.fixture
-def stack(shared_stack: WorkerStack) -> Iterator[WorkerStack]:
-    yield shared_stack
-    shared_stack.wait_until_idle()
 
 
 def prompt(seed: int, tokens: int) -> list[int]:
@@ -166,7 +160,6 @@ def test_found_kv_is_mirrored_before_it_is_given_up_and_comes_back(
                 and min(status.telemetry.demotions, status.telemetry.promotions) > 10
             ),
         )
-        stack.wait_until_idle()
         assert stack.telemetry().recomputed_tokens == 0
 
 

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -104,8 +104,11 @@ class Stream:
 class WorkerStack:
     """`servers` attention servers and a worker on free ports and a private folder on tmpfs.
 
-    Flags are named as on the command line, without the dashes. All is gone when the block ends.
+    Flags are named as on the command line, without the dashes. All is gone when the block ends;
+    if nothing failed in it, the engine has looked its pools over a last time.
     """
+
+    running: ClassVar[list[WorkerStack]] = []
 
     def __init__(
         self,
@@ -141,6 +144,7 @@ class WorkerStack:
             raise
 
     def __enter__(self) -> WorkerStack:
+        self.running.append(self)
         return self
 
     def __exit__(
@@ -149,9 +153,14 @@ class WorkerStack:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._show_logs()
-        self.close()
+        self.running.remove(self)
+        try:
+            if error is not None:
+                self._show_logs()
+            elif self.worker.process.poll() is None:
+                assert self.worker.terminate() == 0, self.worker.tail
+        finally:
+            self.close()
 
     def close(self) -> None:
         for service in self.services:
