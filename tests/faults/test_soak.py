@@ -18,7 +18,7 @@ from support.worker_stack import Stream, WorkerStack
 
 from omniserve.v1 import types_pb2
 
-RUNNING_MAX = 24
+RUNNING_MAX = 32
 FLAGS = {"prefill-chunk-tokens-max": 128, "device-kv-tokens": 2048}
 # Small enough that requests wait for one another's memory.
 TIGHT_ARENA_BYTES = ARENA_BYTES // 2
@@ -71,8 +71,8 @@ class Soak:
             self._cancel_one: 4,
             self._stop_one: 2,
             self._go_on: 3,
-            self._restart_one: 0.3,
-            self._lose_an_arena: 0.1,
+            self._restart_one: 0.5,
+            self._lose_an_arena: 0.3,
         }
         (happens,) = self.random.choices(list(happenings), list(happenings.values()))
         self.happened[happens.__name__] = self.happened.get(happens.__name__, 0) + 1
@@ -133,7 +133,7 @@ class Soak:
 
 
 def soak(model: TinyModel, iterations: int, seed: int) -> None:
-    moves = {"fault-moves-per-pass": 0.02, "fault-seed": seed}
+    moves = {"fault-moves-per-pass": 0.1, "fault-seed": seed}
     stack = WorkerStack(worker_flags=model.flags() | FLAGS | moves, arena_bytes=TIGHT_ARENA_BYTES)
     with stack:
         run = Soak(stack, Random(seed))
