@@ -11,6 +11,9 @@ import pytest
 from support.tiny_model import ARENA_BYTES, PAGE_TOKENS, VOCABULARY, TinyModel
 from support.worker_stack import WorkerStack
 
+from omniserve.internal.v1 import worker_pb2
+from omniserve.v1 import status_pb2
+
 TOKENS = 40
 BOTH_CLASSES = pytest.mark.parametrize("best_effort", [False, True], ids=["LS", "BE"])
 
@@ -160,6 +163,30 @@ def test_found_kv_is_mirrored_before_it_is_given_up_and_comes_back(
                 and min(status.telemetry.demotions, status.telemetry.promotions) > 10
             ),
         )
+        assert stack.telemetry().recomputed_tokens == 0
+
+
+def test_ls_gets_the_memory_of_requests_that_share_pages(model: TinyModel) -> None:
+    """A demotion frees none of the pages that another request still holds."""
+    system = prompt(250, 300)
+    asked = [system + prompt(251 + i, 3 + i) for i in range(3)]
+    with start(model, device_kv_tokens=1024) as stack:
+        whole = status_pb2.Limits(
+            ls_running_max=8,
+            be_rows_per_stage=16,
+            be_prefill_tokens_per_iteration=64,
+            be_device_kv_share=1.0,
+        )
+        stack.stub.SetLimits(worker_pb2.SetLimitsRequest(limits=whole))
+        batch = [stack.start(tokens, 600, best_effort=True, ignore_eos=True) for tokens in asked]
+        for stream in batch:
+            stream.read(2)
+        chat = prompt(260, 940)
+        output, _ = answer(stack, chat)
+        assert model.is_greedy(chat, output)
+        for tokens, stream in zip(asked, batch, strict=True):
+            assert model.is_greedy(tokens, stream.finish())
+        stack.wait_until("demotions", lambda status: status.telemetry.demotions >= 2)
         assert stack.telemetry().recomputed_tokens == 0
 
 

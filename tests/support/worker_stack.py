@@ -158,7 +158,9 @@ class WorkerStack:
             if error is not None:
                 self._show_logs()
             elif self.worker.process.poll() is None:
-                assert self.worker.terminate() == 0, self.worker.tail
+                self.worker.terminate()
+                # A busy host may have it killed before it has ended: that is another status.
+                assert "the engine ended with status 1" not in self.worker.tail, self.worker.tail
         finally:
             self.close()
 
