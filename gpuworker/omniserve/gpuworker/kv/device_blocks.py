@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from omniserve.gpuworker.kv.block_pool import BlockPool
-from omniserve.gpuworker.kv.block_states import BlockState
+from omniserve.gpuworker.kv.block_states import BlockState, BlockStateError
 from omniserve.gpuworker.kv.prefix import block_digest, root_digest
 from omniserve.gpuworker.requests import Place, Request
 
@@ -76,8 +76,11 @@ class DeviceBlocks:
         request.states.move(0, request.computed // self._pool.page_tokens, BlockState.RESIDENT)
 
     def demote(self, request: Request) -> None:
-        """Gives up the pages of a request that is mirrored."""
+        """Gives up the pages. Raises BlockStateError unless the arena has every computed token."""
         states = request.states
+        if request.mirrored < request.computed:
+            lacking = request.mirrored // self._pool.page_tokens
+            raise BlockStateError(lacking, states[lacking], BlockState.HOST_ONLY)
         states.cut(self._pool.pages_for(request.computed))  # a page for the next token is empty
         states.move(0, len(states), BlockState.HOST_ONLY)
         self._pool.give_back(request.blocks)
