@@ -1,1 +1,20 @@
 """Makes `support` importable: pytest puts this file's folder on the path."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _whole_pools() -> Iterator[None]:
+    """After each test every worker that goes on has given everything back and is whole.
+
+    An engine looks its pools over whenever it has nothing left to do, and dies if one leaked.
+    """
+    yield
+    workers = sys.modules.get("support.worker_stack")  # not imported for tests without one
+    for stack in workers.WorkerStack.running if workers else []:
+        stack.wait_until_idle()

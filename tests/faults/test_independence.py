@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from support.prompts import real_prompts
+from support.stack import wait_for
 from support.worker_stack import Stream, WorkerStack
 
 from omniserve.internal.v1 import worker_pb2
@@ -111,6 +112,20 @@ def test_requests_whose_arena_is_lost_are_computed_again(
         server.restart()
     assert [s.finish() for s in streams] == expected
     stack.wait_until("recomputed", lambda s: s.telemetry.recomputed_tokens > recomputed)
+
+
+def test_a_server_that_comes_back_empty_unseen_is_attached_again(
+    stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    streams = start_and_decode(stack, prompts)
+    stack.worker.process.send_signal(signal.SIGSTOP)  # the front; the engine goes on
+    server, arena = stack.servers[0], stack.folder / "a0.arena"
+    server.kill()
+    arena.unlink()
+    server.restart()
+    wait_for("the new arena", lambda: server.log.read_text().endswith("no segment in it\n"))
+    stack.worker.process.send_signal(signal.SIGCONT)
+    assert [s.finish() for s in streams] == expected
 
 
 def test_one_stopped_server_holds_up_its_own_requests_only(

@@ -65,6 +65,7 @@ class Inference(inference_pb2_grpc.InferenceServiceServicer):  # type: ignore[mi
             self.cancelled.wait(30)
             reason = types_pb2.FINISH_REASON_CANCELLED
         usage = types_pb2.Usage(prompt_tokens=7, completion_tokens=request.sampling.max_tokens)
+        usage.cached_tokens = 3
         finished = inference_pb2.Finished(reason=reason, usage=usage)
         yield inference_pb2.GenerateResponse(request_id=request.request_id, finished=finished)
 
@@ -129,7 +130,7 @@ def test_a_generation_yields_chunks_and_ends_with_its_usage(client: Client) -> N
     assert running.usage is None
     assert list(running) == [Chunk(0, (0,), "0 "), Chunk(1, (1,), "1 ")]
     assert running.finish_reason is FinishReason.LENGTH
-    assert running.usage == Usage(7, 2)
+    assert running.usage == Usage(7, 2, 3)
     assert list(running) == []
 
 

@@ -75,6 +75,14 @@ def test_a_stream_has_every_token_once_and_ends_with_its_usage(controlplane: Con
     assert (finished.usage.prompt_tokens, finished.usage.completion_tokens) == (3, 8)
 
 
+@pytest.mark.parametrize(("tenant", "cached"), [("", 0), ("ab", 2), ("abcdef", 3)])
+def test_a_tenant_reaches_the_worker_and_cached_tokens_of_the_prompt_come_back(
+    controlplane: ControlPlane, tenant: str, cached: int
+) -> None:
+    *_, last = controlplane.inference.Generate(ask(tenant=tenant))
+    assert last.finished.usage.cached_tokens == cached
+
+
 @pytest.mark.parametrize("prompt", [{"text": "Hello there"}, {"chat": CHAT}])
 def test_text_and_chat_prompts_get_text_back(
     controlplane: ControlPlane, prompt: dict[str, object]

@@ -89,6 +89,14 @@ def test_every_item_is_answered_once_with_its_own_tokens(controlplane: ControlPl
     assert results(controlplane, job_id, offset=30) == []
 
 
+def test_a_jobs_tenant_reaches_the_worker_and_cached_tokens_come_back(
+    controlplane: ControlPlane,
+) -> None:
+    request = jobs_pb2.SubmitJobRequest(items=items(2), tenant="a")
+    job_id = controlplane.jobs.SubmitJob(request).job_id
+    assert [r.usage.cached_tokens for r in results(controlplane, job_id)] == [1, 1]
+
+
 def test_a_repeated_submission_changes_nothing(controlplane: ControlPlane) -> None:
     assert submit(controlplane, items(3), "mine") == "mine"
     assert len(results(controlplane, "mine")) == 3

@@ -1,7 +1,8 @@
 """A worker without a model, for tests of the control plane: the real contract, made-up tokens.
 
 A token depends on all tokens before it, so a stream that lost or repeated one ends differently.
-Requests outlive broken calls, as a worker's do during its orphan lease.
+Requests outlive broken calls, as a worker's do during its orphan lease. As many tokens of a prompt
+are cached as its tenant's name has letters.
 """
 
 from __future__ import annotations
@@ -96,7 +97,11 @@ class StandinWorker(worker_pb2_grpc.WorkerServiceServicer):
                 sent += len(fresh)
             if running.reason and sent == len(running.tokens):
                 break
-        yield worker_pb2.WorkerServiceGenerateResponse(offset=sent, finish_reason=running.reason)
+        yield worker_pb2.WorkerServiceGenerateResponse(
+            offset=sent,
+            finish_reason=running.reason,
+            cached_tokens=len(running.request.tenant),
+        )
 
     async def Cancel(  # noqa: N802
         self, request: worker_pb2.WorkerServiceCancelRequest, _context: Any

@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -47,7 +47,7 @@ class Service:
         self.log = folder / f"{name}.log"
         arguments = {"listen": self.address, "shm-dir": folder} | flags
         self._command = [sys.executable, "-m", module]
-        self._command += [f"--{key}={value}" for key, value in arguments.items()]
+        self._command += [_flag(name, value) for name, value in arguments.items()]
         self.restart()
 
     def restart(self) -> None:
@@ -83,6 +83,7 @@ class Stream:
         self.call = call
         self.tokens: list[int] = []
         self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
+        self.cached_tokens = 0
 
     def read(self, tokens: int) -> None:
         """Returns when `tokens` tokens have come in all."""
@@ -96,14 +97,18 @@ class Stream:
         for message in self.call:
             self.tokens.extend(message.token_ids)
             self.finish_reason = message.finish_reason
+            self.cached_tokens = message.cached_tokens
         return self.tokens
 
 
 class WorkerStack:
     """`servers` attention servers and a worker on free ports and a private folder on tmpfs.
 
-    Flags are named as on the command line, without the dashes. All is gone when the block ends.
+    Flags are named as on the command line, without the dashes. All is gone when the block ends;
+    if nothing failed in it, the engine has looked its pools over a last time.
     """
+
+    running: ClassVar[list[WorkerStack]] = []
 
     def __init__(
         self,
@@ -139,6 +144,7 @@ class WorkerStack:
             raise
 
     def __enter__(self) -> WorkerStack:
+        self.running.append(self)
         return self
 
     def __exit__(
@@ -147,9 +153,16 @@ class WorkerStack:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None:
-            self._show_logs()
-        self.close()
+        self.running.remove(self)
+        try:
+            if error is not None:
+                self._show_logs()
+            elif self.worker.process.poll() is None:
+                self.worker.terminate()
+                # A busy host may have it killed before it has ended: that is another status.
+                assert "the engine ended with status 1" not in self.worker.tail, self.worker.tail
+        finally:
+            self.close()
 
     def close(self) -> None:
         for service in self.services:
@@ -176,6 +189,7 @@ class WorkerStack:
         channel: grpc.Channel | None = None,
         request_id: str = "",
         resume_offset: int = 0,
+        tenant: str = "",
         **sampling: Any,
     ) -> Stream:
         """Submits a request; returns at once."""
@@ -191,6 +205,7 @@ class WorkerStack:
             sampling=types_pb2.SamplingParams(max_tokens=max_tokens, **sampling),
             slo=types_pb2.Slo(ttft_ms=10_000, tpot_ms=1000),
             resume_offset=resume_offset,
+            tenant=tenant,
         )
         stub = worker_pb2_grpc.WorkerServiceStub(channel) if channel else self.stub
         return Stream(stub.Generate(request), request.request_id)
@@ -203,6 +218,11 @@ class WorkerStack:
     def generate(self, prompt: Sequence[int], max_tokens: int = 64, **options: Any) -> list[int]:
         return self.start(prompt, max_tokens, **options).finish()
 
+    def cancel(self, stream: Stream) -> bool:
+        """Whether the worker still ran it."""
+        request = worker_pb2.WorkerServiceCancelRequest(request_id=stream.request_id)
+        return bool(self.stub.Cancel(request).cancelled)
+
     def status(self) -> status_pb2.WorkerStatus:
         request = worker_pb2.GetWorkerStatusRequest()
         answer: worker_pb2.GetWorkerStatusResponse = self.stub.GetWorkerStatus(request)
@@ -214,6 +234,11 @@ class WorkerStack:
     def wait_until(self, what: str, holds: Callable[[status_pb2.WorkerStatus], bool]) -> None:
         """Waits for published figures, which lag by up to a few tenths of a second."""
         wait_for(what, lambda: holds(self.status()))
+
+    def wait_until_idle(self) -> None:
+        """Nothing is held: the engine has looked its pools over, and all processes live."""
+        self.wait_until("everything given back", _is_idle)
+        assert self.is_serving()
 
     def signal_servers(self, number: signal.Signals) -> None:
         for server in self.servers:
@@ -230,3 +255,17 @@ class WorkerStack:
         service = Service(module, flags, self.folder, name)
         self.services.append(service)
         return service
+
+
+def _is_idle(status: status_pb2.WorkerStatus) -> bool:
+    now = status.telemetry
+    held = now.device_blocks_total - now.device_blocks_free + now.rows_parked
+    waiting = now.ls_running + now.ls_waiting + now.be_waiting
+    pages = all(s.pages_free == s.pages_total > 0 for s in status.attention_servers)
+    return pages and held + waiting == 0
+
+
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name}={value}"

@@ -65,6 +65,10 @@ class Telemetry:
     """Tokens whose KV was copied to a server."""
     busy_ns: int = 0
     """Time that the engine spent in stages."""
+    prefix_cache_query_tokens: int = 0
+    """Known tokens of requests that started on the device."""
+    prefix_cache_hit_tokens: int = 0
+    """Those of them whose KV was cached."""
     ls_running: int = 0
     """Latency-sensitive requests that hold device KV."""
     ls_waiting: int = 0
@@ -87,6 +91,8 @@ class Telemetry:
     """Predicted time of a pass of decode rows."""
     prefill_token_ms: float = 0.0
     """Predicted time of one prompt token."""
+    kv_checkpoint_lag_tokens: int = 0
+    """Best-effort tokens on the device whose KV their server does not have yet."""
 
 
 @dataclass(frozen=True)

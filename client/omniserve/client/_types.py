@@ -94,6 +94,8 @@ class Usage:
     """Tokens of the prompt, chat template included."""
     completion_tokens: int
     """Tokens generated."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were not computed again, as the prefix cache had them."""
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def chunk(message: inference_pb2.Chunk) -> Chunk:
 
 
 def usage(message: types_pb2.Usage) -> Usage:
-    return Usage(message.prompt_tokens, message.completion_tokens)
+    return Usage(message.prompt_tokens, message.completion_tokens, message.cached_tokens)
 
 
 def finish_reason(value: types_pb2.FinishReason) -> FinishReason:

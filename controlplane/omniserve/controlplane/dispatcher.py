@@ -141,12 +141,14 @@ class Dispatcher:
         run.stream = stream
         token_ids: list[int] = []
         reason = types_pb2.FINISH_REASON_UNSPECIFIED
+        cached_tokens = 0
         worker.be_in_flight += 1
         try:
             async with aclosing(stream.events()) as events:
                 async for event in events:
                     token_ids += event.token_ids
                     reason = event.finish_reason
+                    cached_tokens = event.cached_tokens
         finally:
             worker.be_in_flight -= 1
         if reason == types_pb2.FINISH_REASON_ERROR:
@@ -154,14 +156,16 @@ class Dispatcher:
         if reason == types_pb2.FINISH_REASON_CANCELLED:
             # Nobody cancels a job's item but us: the worker let it go, so it runs again.
             raise NoWorkerError("the worker dropped it")
+        prompt_tokens = len(run.entry.request.prompt_token_ids)
         return jobs_pb2.JobResult(
             custom_id=run.entry.custom_id,
             reason=reason,
             text=self._tokenizer.decode(token_ids),
             token_ids=token_ids,
             usage=types_pb2.Usage(
-                prompt_tokens=len(run.entry.request.prompt_token_ids),
+                prompt_tokens=prompt_tokens,
                 completion_tokens=len(token_ids),
+                cached_tokens=min(cached_tokens, prompt_tokens),
             ),
         )
 

@@ -31,7 +31,10 @@ class ResponseWriter:
         if tokens.finish_reason:
             await self._write_piece(self._detokenizer.flush())
             usage = types_pb2.Usage(
-                prompt_tokens=self._prompt_tokens, completion_tokens=self._offset
+                prompt_tokens=self._prompt_tokens,
+                completion_tokens=self._offset,
+                # A worker that took over counts what it found of the tokens sent before as well.
+                cached_tokens=min(tokens.cached_tokens, self._prompt_tokens),
             )
             finished = inference_pb2.Finished(reason=tokens.finish_reason, usage=usage)
             await self._write(finished=finished)

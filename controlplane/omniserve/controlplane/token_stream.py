@@ -36,6 +36,8 @@ class Tokens:
 
     token_ids: list[int]
     finish_reason: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
+    cached_tokens: int = 0
+    """In the last: prompt tokens that the prefix cache of the worker had."""
 
 
 class WorkerLostError(Exception):
@@ -131,7 +133,7 @@ class TokenStream:
                     raise WorkerLostError(f"it skipped {-repeated} tokens")
                 fresh = list(response.token_ids)[repeated:]
                 self._seen += fresh
-                yield Tokens(fresh, response.finish_reason)
+                yield Tokens(fresh, response.finish_reason, response.cached_tokens)
         except grpc.aio.AioRpcError as error:
             typed = from_rpc_error(error)
             if isinstance(typed, DrainingError | NoWorkerError):

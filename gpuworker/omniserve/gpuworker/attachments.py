@@ -57,10 +57,13 @@ class Attachments:
             while True:
                 try:
                     await self._attach(index, stub)
-                    while True:
+                    attached = True
+                    while attached:
                         request = attention_pb2.GetStatsRequest()
                         answer = await stub.GetStats(request, timeout=_RPC_TIMEOUT_S)
                         self._stats[index] = answer.stats
+                        # No call fails if it went and came back, empty, between two of them.
+                        attached = answer.stats.pages_total > 0
                         await asyncio.sleep(_POLL_S)
                 except grpc.aio.AioRpcError as error:
                     if error.code() != grpc.StatusCode.UNAVAILABLE:

@@ -75,6 +75,7 @@ class Engine:
             self._publish(now)
             if plan is None:
                 self._rest(seen)
+        self._lifecycle.check_integrity()
 
     def _run_pass(self, plan: Plan, started_ns: int) -> None:
         ls = Cohort(plan.ls, self._settings.page_tokens) if plan.ls else None

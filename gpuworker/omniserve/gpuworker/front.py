@@ -66,6 +66,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
                         log.append(token)
             elif kind == "ended":
                 if log := self._logs.get(event.ended.request_id):
+                    log.cached_tokens = event.ended.cached_tokens
                     log.end(event.ended.reason, event.ended.error)
                     if log.readers == 0:
                         self._expire_later(log)
@@ -109,7 +110,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             if log.finish_reason == types_pb2.FINISH_REASON_ERROR:
                 await abort_aio(context, OmniServeError(log.error))
             yield worker_pb2.WorkerServiceGenerateResponse(
-                offset=offset, finish_reason=log.finish_reason
+                offset=offset,
+                finish_reason=log.finish_reason,
+                cached_tokens=log.cached_tokens,
             )
             self._logs.pop(log.request_id, None)
         finally:

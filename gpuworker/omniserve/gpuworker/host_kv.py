@@ -41,8 +41,11 @@ class HostKv:
         return next((s for s in self.servers if s.index == index), None)
 
     def can_reserve(self, request: Request) -> bool:
-        """Whether a server has a sequence and the pages of prompt + max_tokens."""
-        return any(server.has_room(request) for server in self.servers)
+        """Whether a server has a sequence and the pages of prompt + max_tokens.
+
+        A request that went back to its queue waits until its last transfers are answered.
+        """
+        return request.transfers == 0 and any(server.has_room(request) for server in self.servers)
 
     def reserve(self, request: Request) -> None:
         """Reserves room for all of `request` at the server with most pages free."""
@@ -61,7 +64,7 @@ class HostKv:
     def forget(self, request: Request) -> None:
         """Its server lost its arena: there is nothing to give back."""
         request.server = request.sequence = -1
-        request.transfers = request.mirrored_sent = 0
+        request.transfers = request.mirrored_sent = request.mirrored = 0
 
     def mirrored(self, request: Request) -> int:
         """Tokens whose KV the arena has in every layer; 0 without a server."""

@@ -68,6 +68,7 @@ def _request(submit: worker_pb2.WorkerServiceGenerateRequest, now_ns: int) -> Re
         prompt_tokens=len(prompt),
         known=len(prompt),
         arrival_ns=now_ns,
+        tenant=submit.tenant,
         temperature=submit.sampling.temperature,
         seed=submit.sampling.seed,
         ignore_eos=submit.sampling.ignore_eos,

@@ -16,7 +16,7 @@ from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.host_kv import HostKv
-from omniserve.gpuworker.kv.block_pool import BlockPool
+from omniserve.gpuworker.kv.device_blocks import DeviceBlocks
 from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.placement import Moves, Placement
@@ -50,7 +50,13 @@ class Lifecycle:
         pages = settings.device_kv_tokens // settings.page_tokens
         addresses = settings.attention_server_addresses
         self.counters = Counters()
-        self.blocks = BlockPool(pages, settings.page_tokens)
+        self.blocks = DeviceBlocks(
+            pages,
+            settings.page_tokens,
+            settings.dtype,
+            prefix_cache=settings.prefix_cache,
+            exact_host=settings.kv_dtype == "auto",
+        )
         self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
         rows = max(1, settings.be_sequences_max * len(addresses))
         self.parking = ParkingLot(rows, config.layers + 1, config.hidden, device.dtype, clock_ns)
@@ -93,8 +99,7 @@ class Lifecycle:
         row = request.row
         beside_ls = 2 * int(self.parking.ls_stages[row]) > self.state.stages
         self.accept(request, token, Path.BOARDED if beside_ls else Path.BE_ONLY, now_ns)
-        request.computed += 1
-        request.mirrored_sent = request.computed
+        self.blocks.hosted_to(request, request.computed + 1)
         self.parking.next_token(row, token, request.computed)
         self._end_if_finished(request)
 
@@ -107,7 +112,7 @@ class Lifecycle:
         """A cohort has run its last stage and its tokens were accepted."""
         for chunk in cohort.chunks:
             request = chunk.request
-            request.computed = chunk.end
+            self.blocks.computed_to(request, chunk.end)
             request.in_cohort = False
             if request.place is Place.PREFILLING and request.generated > 0:
                 request.place = Place.DEVICE
@@ -126,13 +131,13 @@ class Lifecycle:
         queue.remove(request)
         if request.row >= 0:
             self.parking.remove(request)
-        self.blocks.give_back(request.blocks)
+        self.blocks.release(request)
         self.host.release(request)
         request.place = Place.ENDED
         if request.doomed:
             self._doomed.remove(request)
         del self._requests[request.request_id]
-        self._outbox.ended(request.request_id, reason, error)
+        self._outbox.ended(request, reason, error)
 
     def _queue_of(self, request: Request) -> deque[Request] | list[Request]:
         state = self.state
@@ -178,6 +183,7 @@ class Lifecycle:
         for request in lost:
             if request.place is not Place.WAITING:
                 request.leaving = False  # decodes on here until it is mirrored
+                self.blocks.lost_by_server(request)
                 if self.host.can_reserve(request):
                     self.host.reserve(request)
 
@@ -202,7 +208,10 @@ class Lifecycle:
 
     def is_mirrored(self, request: Request) -> bool:
         """Whether giving up the device pages of `request` costs nothing."""
-        return self.host.mirrored(request) >= request.computed and self.parking.has_room()
+        if request.mirrored_sent < request.computed or not self.parking.has_room():
+            return False
+        self._look_at_mirror(request)
+        return request.mirrored >= request.computed
 
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST and self.parking.at_start(request.row)
@@ -211,7 +220,11 @@ class Lifecycle:
         return self.placement == "device" or self.host.can_reserve(request)
 
     def carry_out(self, moves: Moves) -> None:
-        """Makes the moves of a placement decision, in its order."""
+        """Makes the moves of a placement decision, in its order.
+
+        A demotion gives back less than was expected where pages are shared: then what would take
+        them waits for the next decision, which knows better.
+        """
         for request in moves.abandon:
             self._requeue(request)
         for request in moves.leave:
@@ -219,21 +232,26 @@ class Lifecycle:
         for request in moves.demote:
             self._demote(request)
         for request in moves.admit_ls:
+            if not self.blocks.fits(request.limit):
+                return
             self.state.ls_waiting.remove(request)
-            request.blocks = self.blocks.take(self.blocks.pages_for(request.limit))
-            request.place = Place.PREFILLING
+            self._start(request, request.limit)
             self.state.ls_running.append(request)
         for request in moves.grow:
-            request.blocks.extend(self.blocks.take(1))
+            # The same decision may have demoted it for a request that starts.
+            if request.place is Place.DEVICE and self.blocks.free:
+                self.blocks.grow(request)
         for request in moves.start_be:
             self._start_be(request)
         for request in moves.promote:
-            self._promote(request)
+            if self._may_promote(request):
+                self._promote(request)
 
     def move_at_random(self) -> None:
-        """The test switch: forces demotions and promotions, seeded."""
+        """The test switch: forces demotions and promotions, seeded, and looks over all pools."""
         if self._move_chance == 0.0 or self.placement == "device":
             return
+        self.check_integrity()
         for request in [*self.state.be_device, *self.state.be_host]:
             if self._random.random() >= self._move_chance:
                 continue
@@ -244,34 +262,54 @@ class Lifecycle:
 
     def transfer(self) -> None:
         """Checkpoints what was computed, goes on with restores, ends those that are complete."""
+        page_tokens = self.state.page_tokens
         for request in self.state.be_device:
             if request.server >= 0:
-                self.counters.checkpointed_tokens += self.host.checkpoint(request)
+                tokens = self.host.checkpoint(request)
+                self.blocks.sent_to(request, request.mirrored_sent + tokens)
+                self.counters.checkpointed_tokens += tokens
+                if request.mirrored_sent // page_tokens > request.mirrored // page_tokens:
+                    self._look_at_mirror(request)
         for request in [r for r in self.state.be_host if r.place is Place.RESTORING]:
             self.host.restore(request)
             if request.restored == request.computed and request.transfers == 0:
                 self.parking.remove(request)
                 self.state.be_host.remove(request)
                 self.state.be_device.append(request)
+                self.blocks.promoted(request)
                 request.place = Place.DEVICE
 
+    def _look_at_mirror(self, request: Request) -> None:
+        # The arena may already have tokens beyond those of which this was asked.
+        self.blocks.mirrored_to(request, min(self.host.mirrored(request), request.mirrored_sent))
+
     def _may_promote(self, request: Request) -> bool:
-        pages = self.blocks.pages_for(request.known + 1)
-        return self.waits_at_start(request) and pages <= self.blocks.free
+        return self.waits_at_start(request) and self.blocks.fits(request.known + 1)
+
+    def _start(self, request: Request, tokens: int) -> None:
+        """`request` begins on the device, in pages for `tokens` tokens."""
+        self.blocks.start(request, tokens)
+        request.place = Place.PREFILLING
+        self.counters.prefix_cache_query_tokens += request.known
+        self.counters.prefix_cache_hit_tokens += request.computed
+        if request.dropped == 0:
+            request.cached_tokens = min(request.computed, request.prompt_tokens)
+        self.counters.recomputed_tokens += max(0, request.dropped - request.computed)
 
     def _start_be(self, request: Request) -> None:
         reserve = self.placement != "device"
+        tokens = request.known + 1 if reserve else request.limit
+        if not self.blocks.fits(tokens):
+            return
         if reserve:
             self.host.reserve(request)
         self.state.be_waiting.remove(request)
-        tokens = request.known + 1 if reserve else request.limit
-        request.blocks = self.blocks.take(self.blocks.pages_for(tokens))
-        request.place = Place.PREFILLING
+        self._start(request, tokens)
         self.state.be_device.append(request)
 
     def _demote(self, request: Request) -> None:
         self.state.be_device.remove(request)
-        self.blocks.give_back(request.blocks)
+        self.blocks.demote(request)
         request.place = Place.HOST
         request.leaving = False
         self.parking.park(request)
@@ -280,16 +318,15 @@ class Lifecycle:
 
     def _promote(self, request: Request) -> None:
         self.parking.hold(request.row)
-        request.blocks = self.blocks.take(self.blocks.pages_for(request.known + 1))
+        self.blocks.promote(request)
         request.place = Place.RESTORING
-        request.restored = 0
         self.counters.promotions += 1
 
     def _requeue(self, request: Request) -> None:
-        """Back to the head of the queue; what was computed is computed again."""
+        """Back to the head of the queue; what it does not find cached is computed again."""
         self._queue_of(request).remove(request)
-        self.counters.recomputed_tokens += request.computed
-        self.blocks.give_back(request.blocks)
+        request.dropped = request.computed
+        self.blocks.release(request)
         self.host.release(request)
         request.computed = 0
         request.place = Place.WAITING
@@ -301,9 +338,9 @@ class Lifecycle:
         return not self._requests and not self.host.busy()
 
     def check_integrity(self) -> None:
-        """Raises RuntimeError if a page, row, sequence or slot leaked. For when it is idle."""
+        """Raises RuntimeError if a page, row, sequence or slot leaked."""
         requests = list(self._requests.values())
-        self.blocks.check_integrity(r.blocks for r in requests)
+        self.blocks.check_integrity(requests)
         self.parking.check_integrity()
         self.host.check_integrity(requests)
 

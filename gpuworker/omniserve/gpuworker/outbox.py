@@ -26,10 +26,15 @@ class Outbox:
         self._sampled.request_ids.append(request.request_id)
         self._sampled.token_ids.append(token)
 
-    def ended(self, request_id: str, reason: types_pb2.FinishReason, error: str = "") -> None:
+    def ended(self, request: Request, reason: types_pb2.FinishReason, error: str = "") -> None:
         """Tokens before the end go out before it."""
         self._flush()
-        ended = engine_pb2.RequestEnded(request_id=request_id, reason=reason, error=error)
+        ended = engine_pb2.RequestEnded(
+            request_id=request.request_id,
+            reason=reason,
+            error=error,
+            cached_tokens=request.cached_tokens,
+        )
         self._channel.send(engine_pb2.EngineEvent(ended=ended))
 
     def publish(

@@ -15,6 +15,7 @@ class RequestLog:
         self.tokens: list[int] = []
         self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
         self.error = ""
+        self.cached_tokens = 0
         self.readers = 0
         self._changed = asyncio.Event()
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from omniserve.gpuworker.kv.block_states import BlockStates
+
 
 class Place(enum.Enum):
     """Where a request stands between arrival and end."""
@@ -34,6 +36,7 @@ class Request:
     """[prompt + max_tokens]; the first `known` are set."""
     prompt_tokens: int
     arrival_ns: int
+    tenant: str = ""
     temperature: float = 0.0
     seed: int = 0
     ignore_eos: bool = False
@@ -46,7 +49,17 @@ class Request:
     computed: int = 0
     """Tokens whose KV is complete in every layer, on the device or in the arena."""
     blocks: list[int] = field(default_factory=list)
-    """Device KV pages, in order."""
+    """Device KV pages, in order. Full ones may be shared with other requests."""
+    states: BlockStates = field(default_factory=BlockStates)
+    """Of its KV blocks, on the device or in the arena."""
+    digests: list[bytes] = field(default_factory=list)
+    """Names of its first full blocks, as far as they were asked for."""
+    exact: bool = True
+    """None of its device KV came from, or through, an arena of lower precision."""
+    cached_tokens: int = 0
+    """Prompt tokens that it found computed when it first started."""
+    dropped: int = 0
+    """Tokens whose KV was given up when it went back to its queue."""
     in_cohort: bool = False
     """Member of a cohort that is on its way through the stages."""
     leaving: bool = False
@@ -66,6 +79,8 @@ class Request:
     """Its row in the parking lot; -1 unless HOST or RESTORING."""
     mirrored_sent: int = 0
     """Tokens handed to CHECKPOINT or appended by ATTEND."""
+    mirrored: int = 0
+    """Tokens that the arena is known to have in every layer; `host_kv` knows the latest."""
     transfers: int = 0
     """Slots of CHECKPOINT and RESTORE messages that are not answered yet."""
     restored: int = 0

@@ -46,7 +46,7 @@ class AttentionServer:
         """Reserves a sequence and the pages of prompt + max_tokens; the caller saw the room."""
         self.pages_free -= self.pages_for(request.limit)
         request.server, request.sequence = self.index, self.sequences_free.pop()
-        request.mirrored_sent = request.restored = 0
+        request.mirrored_sent = request.mirrored = request.restored = 0
 
     def free(self, request: Request) -> None:
         """Sends FREE; the sequence can be used again when it is answered."""

@@ -57,6 +57,11 @@ class WorkerSettings(BaseSettings):
         ge=64,
         description="Slots per server for checkpoints and restores: a few tokens of a layer each.",
     )
+    prefix_cache: bool = Field(
+        True,
+        description="Whether requests of one tenant share the KV of equal beginnings of their "
+        "prompts and chats.",
+    )
     prefill_chunk_tokens_max: int = Field(512, ge=16, description="Largest prefill chunk.")
     be_placement: Literal["auto", "device", "host"] = Field(
         "auto",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.requests import Request
 from omniserve.v1 import status_pb2
 
 
@@ -26,6 +27,8 @@ class Counters:
     demotions: int = 0
     promotions: int = 0
     checkpointed_tokens: int = 0
+    prefix_cache_query_tokens: int = 0
+    prefix_cache_hit_tokens: int = 0
     busy_ns: int = 0
 
 
@@ -41,6 +44,7 @@ def snapshot(
     prompts = [*state.ls_waiting, *(r for r in state.ls_running if r.generated == 0)]
     decoding = [r for r in state.ls_running if r.generated > 0]
     load = sum((Load.decode(r.known) for r in decoding), Load.decode(1))
+    mirrored = [r for r in state.be_device if r.server >= 0]
     chunk = 256
     prefill = model.pass_ns(load + Load.prefill(0, chunk, last=True)) - model.pass_ns(load)
     return status_pb2.Telemetry(
@@ -57,6 +61,8 @@ def snapshot(
         demotions=counters.demotions,
         promotions=counters.promotions,
         checkpointed_tokens=counters.checkpointed_tokens,
+        prefix_cache_query_tokens=counters.prefix_cache_query_tokens,
+        prefix_cache_hit_tokens=counters.prefix_cache_hit_tokens,
         busy_ns=counters.busy_ns,
         ls_running=len(state.ls_running),
         ls_waiting=len(state.ls_waiting),
@@ -66,7 +72,16 @@ def snapshot(
         rows_away=int(state.parked.away.sum()),
         device_blocks_total=state.blocks_total,
         device_blocks_free=state.blocks_free,
+        kv_checkpoint_lag_tokens=sum(_checkpoint_lag(r, state.stages - 1) for r in mirrored),
         ls_prefill_tokens_waiting=sum(r.known - r.computed for r in prompts),
         decode_pass_ms=model.pass_ns(load) / 1e6,
         prefill_token_ms=prefill / chunk / 1e6,
     )
+
+
+def _checkpoint_lag(request: Request, layers: int) -> int:
+    """Computed tokens that the arena lacks: those not sent, and those not answered.
+
+    A checkpoint is a message for each layer of a token.
+    """
+    return request.computed - request.mirrored_sent + -(-request.transfers // layers)

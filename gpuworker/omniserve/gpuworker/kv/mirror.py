@@ -39,7 +39,6 @@ class Mirror:
         if tokens:
             self._kv.export_tokens(self._server.link, *self._places(request, slots))
             self._send(KIND_CHECKPOINT, request, slots)
-            request.mirrored_sent += tokens
         return tokens
 
     def restore(self, request: Request) -> None:

@@ -83,11 +83,13 @@ class SampledTokens(_message.Message):
     def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RequestEnded(_message.Message):
-    __slots__ = ("request_id", "reason", "error")
+    __slots__ = ("request_id", "reason", "error", "cached_tokens")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     reason: _types_pb2.FinishReason
     error: str
-    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., error: _Optional[str] = ...) -> None: ...
+    cached_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., reason: _Optional[_Union[_types_pb2.FinishReason, str]] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ...) -> None: ...

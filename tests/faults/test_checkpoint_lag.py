@@ -1,0 +1,28 @@
+"""What the servers have not acknowledged is known, and is never given up on the device."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from support.tiny_model import ARENA_BYTES, VOCABULARY, TinyModel
+from support.worker_stack import WorkerStack
+
+PROMPT = [3 + 7 * i % (VOCABULARY - 3) for i in range(300)]
+
+
+def test_kv_that_a_stopped_server_does_not_take_lags_and_stays_on_the_device(
+    tmp_path: Path,
+) -> None:
+    model = TinyModel(tmp_path)
+    flags = model.flags() | {"be-placement": "host"}  # it is to leave the device as soon as it may
+    with WorkerStack(worker_flags=flags, arena_bytes=ARENA_BYTES) as stack:
+        stack.signal_servers(signal.SIGSTOP)
+        stream = stack.start(PROMPT, 60, best_effort=True, ignore_eos=True)
+        stack.wait_until("a lag", lambda s: s.telemetry.kv_checkpoint_lag_tokens >= len(PROMPT))
+        telemetry = stack.telemetry()
+        assert (telemetry.be_device_resident, telemetry.demotions) == (1, 0)
+        stack.signal_servers(signal.SIGCONT)
+        assert model.is_greedy(PROMPT, stream.finish())
+        stack.wait_until("no lag", lambda s: s.telemetry.kv_checkpoint_lag_tokens == 0)
+        assert stack.telemetry().demotions == 1
