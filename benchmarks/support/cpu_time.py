@@ -1,0 +1,43 @@
+"""CPU time of the processes under test, so that a figure on a shared host can be explained."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from support.worker_stack import WorkerStack
+
+_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+
+
+class CpuTime:
+    """Cores that each process of a stack, and this client, kept busy since the start."""
+
+    def __init__(self, stack: WorkerStack) -> None:
+        self._pids = {
+            "engine": [stack.engine_pid()],
+            "front": [stack.worker.process.pid],
+            "servers": [server.process.pid for server in stack.servers],
+            "client": [os.getpid()],
+        }
+        self._start_s = time.perf_counter()
+        self._start = self._busy_s()
+
+    def cores(self) -> dict[str, float]:
+        """Mean number of cores that each has used."""
+        elapsed_s = time.perf_counter() - self._start_s
+        return {
+            name: round((busy_s - self._start[name]) / elapsed_s, 3)
+            for name, busy_s in self._busy_s().items()
+        }
+
+    def _busy_s(self) -> Mapping[str, float]:
+        return {name: sum(map(_busy_s, pids)) for name, pids in self._pids.items()}
+
+
+def _busy_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    user, system = int(fields[11]), int(fields[12])
+    return (user + system) / _TICKS_PER_S

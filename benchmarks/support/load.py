@@ -1,0 +1,159 @@
+"""Sends requests to a worker's gRPC front at given times and records what comes back.
+
+One asyncio loop for all streams. Prompts are random token ids, so that no two share a prefix, and
+run to their last token whatever is sampled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import grpc
+import numpy as np
+
+from omniserve.client.bench.metrics import Outcome, RequestRecord
+from omniserve.internal.v1 import worker_pb2, worker_pb2_grpc
+from omniserve.v1 import types_pb2
+
+# Ordinary tokens of every vocabulary that we serve: no control tokens, which come first.
+_TOKEN_IDS = (1000, 32000)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """One request to send, `at_s` after the load's start."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+    best_effort: bool = False
+
+
+@dataclass(frozen=True)
+class Slo:
+    """Objective of the latency-sensitive requests."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+
+NO_HURRY = Slo(ttft_ms=3_600_000, tpot_ms=60_000)
+"""For LS requests of which only the throughput counts."""
+
+
+@dataclass
+class Sent:
+    """A request and what became of it."""
+
+    arrival: Arrival
+    record: RequestRecord = field(default_factory=lambda: RequestRecord(0.0))
+
+
+class Load:
+    """One client's streams to one worker."""
+
+    def __init__(self, address: str, slo: Slo, seed: int) -> None:
+        self._address = address
+        self._slo = slo
+        self._rng = np.random.default_rng(seed)
+
+    def run(self, arrivals: Sequence[Arrival], cut_off_s: float = float("inf")) -> list[Sent]:
+        """Sends `arrivals`; returns when all have ended.
+
+        `cut_off_s`: at this time after the start, what still runs is cancelled: it counts as
+        unfinished.
+        """
+        return asyncio.run(self._run(arrivals, cut_off_s))
+
+    def run_beside(
+        self, arrivals: Sequence[Arrival], backlog: Sequence[Arrival]
+    ) -> tuple[list[Sent], list[Sent]]:
+        """Sends both; returns when all `arrivals` have ended, and cancels the `backlog` then."""
+        return asyncio.run(self._run_beside(arrivals, backlog))
+
+    async def _run(self, arrivals: Sequence[Arrival], cut_off_s: float) -> list[Sent]:
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            sent, tasks = self._send_all(channel, arrivals)
+            timeout = None if cut_off_s == float("inf") else cut_off_s
+            await asyncio.wait(tasks, timeout=timeout)
+            await _cancel(tasks)
+        return sent
+
+    async def _run_beside(
+        self, arrivals: Sequence[Arrival], backlog: Sequence[Arrival]
+    ) -> tuple[list[Sent], list[Sent]]:
+        async with grpc.aio.insecure_channel(self._address) as channel:
+            sent, tasks = self._send_all(channel, arrivals)
+            beside, beside_tasks = self._send_all(channel, backlog)
+            await asyncio.wait(tasks)
+            await _cancel(beside_tasks)
+        return sent, beside
+
+    def _send_all(
+        self, channel: grpc.aio.Channel, arrivals: Sequence[Arrival]
+    ) -> tuple[list[Sent], list[asyncio.Task[None]]]:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        sent = [Sent(arrival) for arrival in arrivals]
+        prompts = [self._rng.integers(*_TOKEN_IDS, a.prompt_tokens).tolist() for a in arrivals]
+        start_s = time.perf_counter()
+        tasks = []
+        for one, prompt in zip(sent, prompts, strict=True):
+            one.record.due_s = start_s + one.arrival.at_s
+            tasks.append(asyncio.create_task(self._send(stub, one, prompt)))
+        return sent, tasks
+
+    async def _send(
+        self, stub: worker_pb2_grpc.WorkerServiceStub, sent: Sent, prompt: list[int]
+    ) -> None:
+        arrival, record = sent.arrival, sent.record
+        request = self._request(arrival, prompt)
+        await asyncio.sleep(record.due_s - time.perf_counter())
+        try:
+            async for message in stub.Generate(request):
+                record.token_times_s += [time.perf_counter()] * len(message.token_ids)
+            whole = len(record.token_times_s) == arrival.output_tokens
+            record.outcome = Outcome.COMPLETED if whole else Outcome.FAILED
+        except grpc.aio.AioRpcError as error:
+            refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            record.outcome = Outcome.REFUSED if refused else Outcome.FAILED
+
+    def _request(
+        self, arrival: Arrival, prompt: list[int]
+    ) -> worker_pb2.WorkerServiceGenerateRequest:
+        latency_sensitive = types_pb2.SERVICE_CLASS_LATENCY_SENSITIVE
+        best_effort = types_pb2.SERVICE_CLASS_BEST_EFFORT
+        return worker_pb2.WorkerServiceGenerateRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prompt,
+            service_class=best_effort if arrival.best_effort else latency_sensitive,
+            sampling=types_pb2.SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
+            slo=types_pb2.Slo(ttft_ms=self._slo.ttft_ms, tpot_ms=self._slo.tpot_ms),
+        )
+
+
+def tokens_per_s(sent: Sequence[Sent]) -> float:
+    """Output tokens of all requests over the time from the first sending to the last token."""
+    start_s = min(s.record.due_s for s in sent)
+    return sum(len(s.record.token_times_s) for s in sent) / (last_token_s(sent) - start_s)
+
+
+def last_token_s(sent: Sequence[Sent]) -> float:
+    """When the last token of all came. Raises RuntimeError unless every request completed."""
+    bad = [s for s in sent if s.record.outcome is not Outcome.COMPLETED]
+    if bad:
+        raise RuntimeError(f"{len(bad)} of {len(sent)} requests did not complete: {bad[0]}")
+    return max(s.record.token_times_s[-1] for s in sent)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Ends what still runs: a broken stream ends its request when its orphan lease is over."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
