@@ -26,12 +26,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import limits
 from support.cpu_time import CpuTime
 from support.load import NO_HURRY, Arrival, Load, tokens_per_s
-from support.stack import MODEL_PATH
-from support.worker import THREADS, serve
+from support.worker import PARAMETERS, THREADS, serve
 from support.worker_stack import WorkerStack
 
 from omniserve.client.bench.metrics import tpots_ms, ttfts_ms
-from omniserve.gpuworker.model.gguf_file import GgufModel
 
 SINGLE = Arrival(0.0, 128, 128)
 OFFLINE = {
@@ -91,9 +89,8 @@ def _single(load: Load, requests: int) -> dict[str, Any]:
 def _limits() -> dict[str, Any]:
     """While the worker idles."""
     read_bytes_per_s = limits.read_bytes_per_s(THREADS)
-    weights = limits.weight_bytes(GgufModel(MODEL_PATH).config)
     return {
-        "weight_read_ms": round(weights / read_bytes_per_s * 1e3, 3),
+        "weight_read_ms": round(2 * PARAMETERS / read_bytes_per_s * 1e3, 3),
         "gemm_gflops": round(limits.gemm_flops(THREADS) / 1e9, 1),
         "read_gbs": round(read_bytes_per_s / 1e9, 1),
     }

@@ -58,7 +58,9 @@ def conversation(path: Path, scale: float, output_cap: int) -> Lengths:
     """
     if path.is_file():
         with gzip.open(path, "rt") as lines:
-            rows = [(int(r["input_tokens"]), int(r["output_tokens"])) for r in csv.DictReader(lines)]
+            rows = [
+                (int(r["input_tokens"]), int(r["output_tokens"])) for r in csv.DictReader(lines)
+            ]
         pairs = [
             (max(1, round(p * scale)), min(max(1, round(o * scale)), output_cap)) for p, o in rows
         ]

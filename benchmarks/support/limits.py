@@ -8,7 +8,6 @@ import time
 import torch
 
 from omniserve.attnkernel._bench import ReadProbe
-from omniserve.gpuworker.model.config import ModelConfig
 
 _READ_BYTES = 512 << 20
 _MATRIX = 2048
@@ -16,19 +15,13 @@ _ROUNDS = 9
 _SETTLE_S = 0.003
 
 
-def weight_bytes(config: ModelConfig, bytes_each: int = 2) -> int:
-    """Bytes of the weights that one pass reads: every layer's matrices and the LM head."""
-    attention = config.hidden * (2 * config.q_size + 2 * config.kv_size)
-    mlp = 3 * config.hidden * config.intermediate
-    return bytes_each * (config.layers * (attention + mlp) + config.vocabulary * config.hidden)
-
-
 def read_bytes_per_s(threads: int) -> float:
     """The best read loop's rate over memory that no cache holds."""
     probe = ReadProbe(_READ_BYTES, threads)
     probe.sweep()
     sweeps = [probe.sweep() for _ in range(_ROUNDS)]
-    return max(statistics.median(rates) for rates in zip(*sweeps, strict=True))
+    medians: list[float] = [statistics.median(rates) for rates in zip(*sweeps, strict=True)]
+    return max(medians)
 
 
 def gemm_flops(threads: int) -> float:

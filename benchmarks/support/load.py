@@ -12,11 +12,19 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import grpc
 import numpy as np
 
-from omniserve.client.bench.metrics import Outcome, RequestRecord
+from omniserve.client.bench.metrics import (
+    Outcome,
+    RequestRecord,
+    attainment,
+    percentile,
+    tpots_ms,
+    ttfts_ms,
+)
 from omniserve.internal.v1 import worker_pb2, worker_pb2_grpc
 from omniserve.v1 import types_pb2
 
@@ -137,17 +145,33 @@ class Load:
 
 
 def tokens_per_s(sent: Sequence[Sent]) -> float:
-    """Output tokens of all requests over the time from the first sending to the last token."""
-    start_s = min(s.record.due_s for s in sent)
-    return sum(len(s.record.token_times_s) for s in sent) / (last_token_s(sent) - start_s)
+    """Output tokens of all requests over their `makespan_s`."""
+    return sum(len(s.record.token_times_s) for s in sent) / makespan_s(sent)
 
 
-def last_token_s(sent: Sequence[Sent]) -> float:
-    """When the last token of all came. Raises RuntimeError unless every request completed."""
+def makespan_s(sent: Sequence[Sent]) -> float:
+    """From the first sending to the last token. Raises RuntimeError unless all completed."""
     bad = [s for s in sent if s.record.outcome is not Outcome.COMPLETED]
     if bad:
         raise RuntimeError(f"{len(bad)} of {len(sent)} requests did not complete: {bad[0]}")
-    return max(s.record.token_times_s[-1] for s in sent)
+    start_s = min(s.record.due_s for s in sent)
+    return max(s.record.token_times_s[-1] for s in sent) - start_s
+
+
+def ls_figures(sent: Sequence[Sent], slo: Slo) -> dict[str, Any]:
+    """Attainment and latencies of LS requests, under the names that the reports share."""
+    records = [s.record for s in sent]
+    share = attainment(records, slo.ttft_ms, slo.tpot_ms)
+    return {
+        "ls_attainment": round(share, 4) if share is not None else None,
+        "ls_requests": len(records),
+        "ls_ttft_p99_ms": _rounded(percentile(ttfts_ms(records), 99)),
+        "ls_tpot_p99_ms": _rounded(percentile(tpots_ms(records), 99)),
+    }
+
+
+def _rounded(milliseconds: float | None) -> float | None:
+    return round(milliseconds, 2) if milliseconds is not None else None
 
 
 async def _cancel(tasks: Sequence[asyncio.Task[None]]) -> None:

@@ -11,6 +11,11 @@ from omniserve.shm import layout
 
 THREADS = 2
 PAGE_TOKENS = 32
+LAYER_PARAMETERS = 106_203_456
+"""Of SmolLM2-135M: the matrices of its layers; every token of a prompt goes through these."""
+PARAMETERS = LAYER_PARAMETERS + 49152 * 576
+"""With the LM head, which is the embedding: all that a decode pass reads."""
+KV_BYTES_PER_TOKEN = 2 * 2 * MODEL.layers * MODEL.kv_heads * MODEL.head_dim
 
 
 def pages_for(tokens: int) -> int:
@@ -42,6 +47,7 @@ def serve(
     }
     return WorkerStack(
         servers=servers,
-        worker_flags=worker_flags | {name.replace("_", "-"): value for name, value in flags.items()},
+        worker_flags=worker_flags
+        | {name.replace("_", "-"): value for name, value in flags.items()},
         arena_bytes=layout.arena_bytes(geometry, pages),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
@@ -195,8 +196,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             raise NoWorkerError("worker is starting", retry_after_s=1.0)
         self._check(request, self._ready.result())
         log = self._logs[request.request_id] = RequestLog(request.request_id)
+        now_ns = time.monotonic_ns()  # as the engine's clock
         try:
-            await self._channel.send(engine_pb2.EngineCommand(submit=request))
+            await self._channel.send(engine_pb2.EngineCommand(submit=request, sent_ns=now_ns))
         except NoWorkerError:
             del self._logs[request.request_id]
             raise

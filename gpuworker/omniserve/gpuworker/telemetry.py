@@ -27,6 +27,8 @@ class Counters:
     promotions: int = 0
     checkpointed_tokens: int = 0
     busy_ns: int = 0
+    ls_started: int = 0
+    ls_queue_ns: int = 0
 
 
 def snapshot(
@@ -58,6 +60,8 @@ def snapshot(
         promotions=counters.promotions,
         checkpointed_tokens=counters.checkpointed_tokens,
         busy_ns=counters.busy_ns,
+        ls_started=counters.ls_started,
+        ls_queue_ns=counters.ls_queue_ns,
         ls_running=len(state.ls_running),
         ls_waiting=len(state.ls_waiting),
         be_device_resident=len(state.be_device),
