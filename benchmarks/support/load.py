@@ -70,35 +70,23 @@ class Load:
         self._slo = slo
         self._rng = np.random.default_rng(seed)
 
-    def run(self, arrivals: Sequence[Arrival], cut_off_s: float = float("inf")) -> list[Sent]:
-        """Sends `arrivals`; returns when all have ended.
-
-        `cut_off_s`: at this time after the start, what still runs is cancelled: it counts as
-        unfinished.
-        """
-        return asyncio.run(self._run(arrivals, cut_off_s))
+    def run(self, arrivals: Sequence[Arrival]) -> list[Sent]:
+        """Sends `arrivals`; returns when all have ended."""
+        return asyncio.run(self._run_beside(arrivals, (), 0.0))[0]
 
     def run_beside(
-        self, arrivals: Sequence[Arrival], backlog: Sequence[Arrival]
+        self, arrivals: Sequence[Arrival], backlog: Sequence[Arrival], at_least_s: float = 0.0
     ) -> tuple[list[Sent], list[Sent]]:
-        """Sends both; returns when all `arrivals` have ended, and cancels the `backlog` then."""
-        return asyncio.run(self._run_beside(arrivals, backlog))
-
-    async def _run(self, arrivals: Sequence[Arrival], cut_off_s: float) -> list[Sent]:
-        async with grpc.aio.insecure_channel(self._address) as channel:
-            sent, tasks = self._send_all(channel, arrivals)
-            timeout = None if cut_off_s == float("inf") else cut_off_s
-            await asyncio.wait(tasks, timeout=timeout)
-            await _cancel(tasks)
-        return sent
+        """Sends both; when `arrivals` have ended, and `at_least_s` is over, cancels `backlog`."""
+        return asyncio.run(self._run_beside(arrivals, backlog, at_least_s))
 
     async def _run_beside(
-        self, arrivals: Sequence[Arrival], backlog: Sequence[Arrival]
+        self, arrivals: Sequence[Arrival], backlog: Sequence[Arrival], at_least_s: float
     ) -> tuple[list[Sent], list[Sent]]:
         async with grpc.aio.insecure_channel(self._address) as channel:
             sent, tasks = self._send_all(channel, arrivals)
             beside, beside_tasks = self._send_all(channel, backlog)
-            await asyncio.wait(tasks)
+            await asyncio.gather(*tasks, asyncio.sleep(at_least_s))
             await _cancel(beside_tasks)
         return sent, beside
 
