@@ -5,11 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from pathlib import Path
 
 from support.worker_stack import WorkerStack
-
-_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 
 
 class CpuTime:
@@ -38,6 +35,8 @@ class CpuTime:
 
 
 def _busy_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    user, system = int(fields[11]), int(fields[12])
-    return (user + system) / _TICKS_PER_S
+    """CPU time of all threads of a process, to the nanosecond: of what Linux calls its CPU clock.
+
+    The ticks in /proc are too coarse for work that comes in bursts of less.
+    """
+    return time.clock_gettime(~pid << 3 | 2)
