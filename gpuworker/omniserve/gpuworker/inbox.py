@@ -23,7 +23,7 @@ class Inbox:
 
     def urgent(self) -> bool:
         """Whether an LS request has arrived since the last `drain`."""
-        arrived = self._channel.receive()
+        arrived = self._channel.receive_if_rung()
         self._pending.extend(arrived)
         return any(_is_ls_submit(command) for command in arrived)
 
