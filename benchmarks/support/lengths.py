@@ -47,8 +47,8 @@ class Lengths:
 
 
 # Fitted to the logarithms of azure2023_conv (Azure LLM inference traces, CC-BY 4.0).
-_CONV_PROMPT = LogNormal(mean=1154.7, cap=14050, sigma=1.11)
-_CONV_OUTPUT = LogNormal(mean=211.1, cap=1000, sigma=0.98)
+_CONV_PROMPT = LogNormal(mean=1234.7, cap=14050, sigma=0.985)
+_CONV_OUTPUT = LogNormal(mean=218.8, cap=1000, sigma=0.859)
 
 
 def conversation(path: Path, scale: float, output_cap: int) -> Lengths:
