@@ -35,7 +35,7 @@ from omniserve.client.bench.arrivals import arrival_times_s
 SLO = Slo(ttft_ms=425, tpot_ms=45)
 PROMPT = LogNormal(mean=200, cap=800, sigma=0.8)
 OUTPUT = LogNormal(mean=80, cap=200, sigma=0.6)
-BACKLOG = [Arrival(0.0, 1000, 128, best_effort=True)] * 64
+BATCH = Arrival(0.0, 1000, 128, best_effort=True)
 DEVICE_KV_TOKENS = {"ample": 5120 * 32, "tight": 16384}
 """Ample: half of it, BE's share at the start, holds the whole backlog."""
 SERVERS = 2
@@ -47,7 +47,7 @@ def main() -> int:
     report: dict[str, Any] = {}
     for case in options.cases:
         kv, _, load = case.partition(".")
-        backlog = BACKLOG if load == "with_be" else []
+        backlog = [BATCH] * (options.backlog if load == "with_be" else 0)
         result = _measure(DEVICE_KV_TOKENS[kv], backlog, options)
         report.setdefault(kv, {})[load] = result
         print(f"{case}: {result}", file=sys.stderr, flush=True)
@@ -60,6 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--duration-s", type=float, default=60.0, help="of arrivals (default 60)")
     parser.add_argument("--rate", type=float, default=1.0, help="LS requests a second (default 1)")
+    parser.add_argument("--backlog", type=int, default=64, help="BE requests (default 64)")
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
     return parser.parse_args()
@@ -69,7 +70,7 @@ def _measure(
     device_kv_tokens: int, backlog: Sequence[Arrival], options: argparse.Namespace
 ) -> dict[str, Any]:
     chats = _chats(options)
-    whole = sum(pages_for(a.prompt_tokens + a.output_tokens) for a in BACKLOG)
+    whole = options.backlog * pages_for(BATCH.prompt_tokens + BATCH.output_tokens)
     with serve(
         device_kv_tokens=device_kv_tokens, servers=SERVERS, pages=whole // SERVERS + 64
     ) as stack:
