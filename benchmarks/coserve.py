@@ -37,8 +37,6 @@ TRACE = Path(__file__).parents[1] / "../shared/traces/azure2023_conv.csv.gz"
 POLICIES = ("omniserve", "ls-first", "reserve", "sync-offload", "preempt", "ls-only")
 HEADROOMS = (0.2, 0.4, 0.6)
 LOAD = 0.7
-REQUESTS = 500
-"""LS requests per policy, pooled over seeds."""
 
 
 def main() -> int:
@@ -56,7 +54,8 @@ def main() -> int:
     saturation = options.saturation or saturation_per_s(load, runs)
     if saturation is not None:
         rate = options.rate or LOAD * saturation
-        _make_runs(load, rate, runs, options.policies, machine)
+        seeds = range(load.seeds(rate, options.requests))
+        _make_runs(load, rate, seeds, runs, options.policies, machine)
     report = coserve_report.pooled(runs.done, load, machine)
     report |= {"saturation_per_s": saturation, "complete": not runs.exhausted}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
@@ -76,6 +75,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--duration-s", type=float, default=45.0, help="of LS arrivals in a run")
     parser.add_argument("--settle-s", type=float, default=25.0, help="of the backlog before them")
     parser.add_argument("--device-kv-tokens", type=int, default=8192)
+    parser.add_argument(
+        "--requests", type=int, default=500, help="LS requests per policy at least (default 500)"
+    )
     parser.add_argument("--sequences", type=int, default=256, help="BE requests in flight")
     parser.add_argument("--saturation", type=float, help="LS requests a second; skips bisection")
     parser.add_argument("--rate", type=float, help="LS requests a second; skips 70 %% of it")
@@ -84,10 +86,14 @@ def _options() -> argparse.Namespace:
 
 
 def _make_runs(
-    load: CoserveLoad, rate: float, runs: Runs, policies: Sequence[str], machine: Machine
+    load: CoserveLoad,
+    rate: float,
+    seeds: Sequence[int],
+    runs: Runs,
+    policies: Sequence[str],
+    machine: Machine,
 ) -> None:
     """`ls-only` first: the rooflines of the others need what it did."""
-    seeds = range(load.seeds(rate, REQUESTS))
     for policy, headroom in _configurations(policies):
         for seed in seeds:
             runs.make(load, policy, headroom, rate, seed)
