@@ -119,8 +119,9 @@ def _roofline(
 ) -> float:
     if policy == "ls-only":
         return 0.0
-    resident = load.device_kv_tokens * (1.0 - (headroom or 0.0)) / context_tokens
-    rows = load.sequences // 2 if policy in THROUGH_SERVERS else int(resident)
+    rows = int(load.device_kv_tokens * (1.0 - (headroom or 0.0)) / context_tokens)
+    if policy in THROUGH_SERVERS:
+        rows += load.sequences // 2
     work = BeWork(BE.prompt_tokens, BE.output_tokens, context_tokens, rows)
     return tokens_per_s(machine, MODEL, ls, work)
 

@@ -9,9 +9,9 @@ second of it goes to LS passes and to BE tokens. A BE token costs
   rows' arithmetic, whichever is longer: max(weight bytes / bandwidth, 2 x parameters x rows /
   peak). In an LS pass that arithmetic is paid only beyond what hides behind the weights' reading.
 
-How many rows go through together is what tells policies apart: those whose BE requests decode on
-the device have as many as device KV holds; those that decode through servers have half of the
-sequences in flight (the servers have the other half). Nothing is taken off for Python, gRPC,
+How many rows go through together is what tells policies apart: on the device as many as its KV
+holds; those that decode through servers too have half of the sequences in flight besides (the
+servers have the other half). Nothing is taken off for Python, gRPC,
 copies or scheduling.
 """
 
