@@ -28,7 +28,8 @@ def serve(
 ) -> WorkerStack:
     """Starts `servers` attention servers and a worker with `flags`; use it as a context.
 
-    sequences, pages: KV sequences and pages of `PAGE_TOKENS` tokens that each server has room for.
+    sequences, pages: KV sequences and pages of `PAGE_TOKENS` tokens that each server has room for,
+    at least; it always has room for one sequence of the model's length.
     """
     geometry = dataclasses.replace(
         MODEL,
@@ -49,5 +50,5 @@ def serve(
         servers=servers,
         worker_flags=worker_flags
         | {name.replace("_", "-"): value for name, value in flags.items()},
-        arena_bytes=layout.arena_bytes(geometry, pages),
+        arena_bytes=layout.arena_bytes(geometry, max(pages, geometry.max_pages_per_sequence)),
     )
