@@ -11,8 +11,8 @@ import multiprocessing
 import os
 import secrets
 import signal
+import socket
 import sys
-import tempfile
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,12 @@ _PROGRESS_S = 10.0
 class Worker:
     """The front process: starts the engine, the gRPC server and the background tasks."""
 
-    def __init__(self, settings: WorkerSettings, folder: str) -> None:
+    def __init__(self, settings: WorkerSettings) -> None:
         self._settings = settings
         self._epoch = secrets.randbits(63)
         self._bell_path = str(settings.shm_dir / f"{settings.worker_id}.bell")
-        self._endpoint = f"ipc://{folder}/engine"
-        self._channel = FrontChannel(self._endpoint, Bell(self._bell_path, create=True))
+        front_end, self._engine_end = socket.socketpair()
+        self._channel = FrontChannel(front_end, Bell(self._bell_path, create=True))
         self._attachments: Attachments | None = None
         self._front = WorkerFront(settings, self._channel, self._server_stats)
         self._health = health.aio.HealthServicer()
@@ -59,7 +59,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self._engine = context.Process(
             target=engine_process.run,
-            args=(settings, self._endpoint, self._bell_path),
+            args=(settings, self._engine_end, self._bell_path),
             name="omniserve-engine",
         )
 
@@ -74,8 +74,10 @@ class Worker:
         add_reflection(server, [_SERVICE])
         bind(server, self._settings.listen)
         await self._say(serving=False)
+        await self._channel.open(self._front.apply)
         self._engine.start()
-        tasks = [asyncio.ensure_future(self._front.take_events())]
+        self._engine_end.close()
+        tasks: list[asyncio.Task[None]] = []
         try:
             await server.start()
             await self._until_ready(stop)
@@ -165,7 +167,7 @@ class Worker:
 
     async def _stop_engine(self) -> None:
         with contextlib.suppress(NoWorkerError):
-            await self._channel.send(engine_pb2.EngineCommand(shutdown=engine_pb2.Shutdown()))
+            self._channel.send(engine_pb2.EngineCommand(shutdown=engine_pb2.Shutdown()))
         await asyncio.to_thread(self._engine.join, 5.0)
         if self._engine.is_alive():
             self._engine.kill()
@@ -177,8 +179,7 @@ class Worker:
 
 
 async def _serve(settings: WorkerSettings) -> None:
-    with tempfile.TemporaryDirectory(prefix="omniserve-") as folder:
-        await Worker(settings, folder).run()
+    await Worker(settings).run()
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -28,7 +28,7 @@ class Attachments:
         self,
         addresses: Sequence[str],
         request: attention_pb2.AttachRequest,
-        send: Callable[[engine_pb2.EngineCommand], Awaitable[None]],
+        send: Callable[[engine_pb2.EngineCommand], None],
     ) -> None:
         self._addresses = addresses
         self._request = request
@@ -73,6 +73,6 @@ class Attachments:
     async def _attach(self, index: int, stub: attention_pb2_grpc.AttentionServiceStub) -> None:
         segment = await stub.Attach(self._request, timeout=_ATTACH_TIMEOUT_S, wait_for_ready=True)
         attach = engine_pb2.AttachServer(index=index, segment=segment)
-        await self._send(engine_pb2.EngineCommand(attach=attach))
+        self._send(engine_pb2.EngineCommand(attach=attach))
         self._attached.add(index)
         _log.info("attached %s: segment %x", segment.server_id, segment.segment_id)

@@ -51,7 +51,7 @@ class Engine:
         self._clock_ns = clock_ns
         self._outbox = Outbox(channel)
         self._lifecycle = Lifecycle(settings, device, self._outbox, clock_ns)
-        self._inbox = Inbox(channel, self._lifecycle, clock_ns)
+        self._inbox = Inbox(channel, self._lifecycle)
         self._state = self._lifecycle.state
         self._counters = self._lifecycle.counters
         self._parking = self._lifecycle.parking
@@ -82,6 +82,7 @@ class Engine:
         if plan.be:
             self._be_cohort = Cohort(plan.be, self._settings.page_tokens)
             self._lifecycle.set_out(self._be_cohort)
+        self._count_starts(plan)
         unused = 0
         cut_short = False
         for stage in plan.stages:
@@ -141,6 +142,16 @@ class Engine:
         else:
             counters.be_only_stages += 1
             counters.be_only_rows += len(boarded)
+
+    def _count_starts(self, plan: Plan) -> None:
+        """How long LS requests waited for their first stage."""
+        now = self._clock_ns()
+        for chunk in plan.ls:
+            request = chunk.request
+            if not request.started_ns:
+                request.started_ns = now
+                self._counters.ls_started += 1
+                self._counters.ls_queue_ns += now - request.arrival_ns
 
     def _move(self) -> None:
         """Frees and grants memory before the pass."""

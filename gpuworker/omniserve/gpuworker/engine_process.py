@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import time
 
 import torch
@@ -24,15 +25,16 @@ from omniserve.internal.v1 import attention_pb2, engine_pb2
 _PR_SET_PDEATHSIG = 1
 
 
-def run(settings: WorkerSettings, endpoint: str, bell_path: str) -> None:
+def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
     """Runs an engine until told to stop. Start errors go to the front as `EngineFailed`."""
     _die_with_parent()
     # The front says when to stop, also where a signal goes to the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    channel = EngineChannel(endpoint)
+    bell = Bell(bell_path, create=False)
+    channel = EngineChannel(front, bell)
     try:
-        engine = _start(settings, channel, bell_path)
+        engine = _start(settings, channel, bell)
     except OmniServeError as error:
         failed = engine_pb2.EngineFailed(reason=error.reason, message=error.message)
         channel.send(engine_pb2.EngineEvent(failed=failed))
@@ -41,7 +43,7 @@ def run(settings: WorkerSettings, endpoint: str, bell_path: str) -> None:
     channel.close()
 
 
-def _start(settings: WorkerSettings, channel: EngineChannel, bell_path: str) -> Engine:
+def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engine:
     model = GgufModel(settings.model_path)
     config = model.config
     pages = settings.device_kv_tokens // settings.page_tokens
@@ -49,7 +51,6 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell_path: str) -> 
     device = CpuDevice(config, weights, pages, settings.page_tokens, settings.threads)
     profile = profiler.measure(device, settings.model, settings.page_tokens, pages)
     latency = LatencyModel(profile, config.layers)
-    bell = Bell(bell_path, create=False)
     engine = Engine(settings, device, latency, channel, bell, time.monotonic_ns)
     device_tokens = pages * settings.page_tokens
     ready = engine_pb2.EngineReady(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeAlias
 
@@ -53,30 +54,28 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         """Waits for the engine's start. Raises its typed start error."""
         return await asyncio.shield(self._ready)
 
-    async def take_events(self) -> None:
-        """Applies the engine's events until cancelled."""
-        while True:
-            event = await self._channel.receive()
-            self.events_seen += 1
-            kind = event.WhichOneof("event")
-            if kind == "sampled":
-                sampled = event.sampled
-                for request_id, token in zip(sampled.request_ids, sampled.token_ids, strict=True):
-                    if log := self._logs.get(request_id):
-                        log.append(token)
-            elif kind == "ended":
-                if log := self._logs.get(event.ended.request_id):
-                    log.cached_tokens = event.ended.cached_tokens
-                    log.end(event.ended.reason, event.ended.error)
-                    if log.readers == 0:
-                        self._expire_later(log)
-            elif kind == "telemetry":
-                self.telemetry = event.telemetry
-            elif kind == "ready":
-                self._ready.set_result(event.ready)
-            elif kind == "failed":
-                error_type = BY_REASON.get(event.failed.reason, OmniServeError)
-                self._ready.set_exception(error_type(event.failed.message))
+    def apply(self, event: engine_pb2.EngineEvent) -> None:
+        """Takes one event of the engine."""
+        self.events_seen += 1
+        kind = event.WhichOneof("event")
+        if kind == "sampled":
+            sampled = event.sampled
+            for request_id, token in zip(sampled.request_ids, sampled.token_ids, strict=True):
+                if log := self._logs.get(request_id):
+                    log.append(token)
+        elif kind == "ended":
+            if log := self._logs.get(event.ended.request_id):
+                log.cached_tokens = event.ended.cached_tokens
+                log.end(event.ended.reason, event.ended.error)
+                if log.readers == 0:
+                    self._expire_later(log)
+        elif kind == "telemetry":
+            self.telemetry = event.telemetry
+        elif kind == "ready":
+            self._ready.set_result(event.ready)
+        elif kind == "failed":
+            error_type = BY_REASON.get(event.failed.reason, OmniServeError)
+            self._ready.set_exception(error_type(event.failed.message))
 
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests and waits for the running ones."""
@@ -93,7 +92,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.WorkerServiceGenerateRequest, context: Context
     ) -> AsyncIterator[worker_pb2.WorkerServiceGenerateResponse]:
         try:
-            log = await self._open(request)
+            log = self._open(request)
         except OmniServeError as error:
             await abort_aio(context, error)
         log.readers += 1
@@ -129,7 +128,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         known = log is not None and not log.ended
         if known:
             try:
-                await self._channel.send(engine_pb2.EngineCommand(cancel=request.request_id))
+                self._channel.send(engine_pb2.EngineCommand(cancel=request.request_id))
             except NoWorkerError as error:
                 await abort_aio(context, error)
         return worker_pb2.WorkerServiceCancelResponse(cancelled=known)
@@ -145,7 +144,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
                     InvalidArgumentError(f"{field} must be 0 to 1", field=f"limits.{field}"),
                 )
         try:
-            await self._channel.send(engine_pb2.EngineCommand(limits=limits))
+            self._channel.send(engine_pb2.EngineCommand(limits=limits))
         except NoWorkerError as error:
             await abort_aio(context, error)
         return worker_pb2.SetLimitsResponse()
@@ -179,7 +178,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
 
     # --- internals -----------------------------------------------------------------------
 
-    async def _open(self, request: worker_pb2.WorkerServiceGenerateRequest) -> RequestLog:
+    def _open(self, request: worker_pb2.WorkerServiceGenerateRequest) -> RequestLog:
         """Finds the log to resume, or checks and submits a new request."""
         known = self._logs.get(request.request_id)
         if known is not None:
@@ -198,8 +197,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             raise NoWorkerError("worker is starting", retry_after_s=1.0)
         self._check(request, self._ready.result())
         log = self._logs[request.request_id] = RequestLog(request.request_id)
+        now_ns = time.monotonic_ns()  # as the engine's clock
         try:
-            await self._channel.send(engine_pb2.EngineCommand(submit=request))
+            self._channel.send(engine_pb2.EngineCommand(submit=request, sent_ns=now_ns))
         except NoWorkerError:
             del self._logs[request.request_id]
             raise
@@ -246,11 +246,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             return
         del self._logs[log.request_id]
         if not log.ended:
-            command = engine_pb2.EngineCommand(cancel=log.request_id)
-            task = asyncio.ensure_future(self._channel.send(command))
-            task.add_done_callback(_log_failure)
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and task.exception():
-        _log.error("cancelling an orphan failed: %s", task.exception())
+            try:
+                self._channel.send(engine_pb2.EngineCommand(cancel=log.request_id))
+            except NoWorkerError as error:
+                _log.error("cancelling an orphan failed: %s", error)

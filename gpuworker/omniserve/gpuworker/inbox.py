@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from omniserve.gpuworker.channel import EngineChannel
@@ -17,18 +15,15 @@ from omniserve.v1 import status_pb2, types_pb2
 class Inbox:
     """Applies commands to the lifecycle at pass boundaries; looks for LS arrivals in between."""
 
-    def __init__(
-        self, channel: EngineChannel, lifecycle: Lifecycle, clock_ns: Callable[[], int]
-    ) -> None:
+    def __init__(self, channel: EngineChannel, lifecycle: Lifecycle) -> None:
         self._channel = channel
         self._lifecycle = lifecycle
-        self._clock_ns = clock_ns
         self._pending: list[engine_pb2.EngineCommand] = []
         self.stopping = False
 
     def urgent(self) -> bool:
         """Whether an LS request has arrived since the last `drain`."""
-        arrived = self._channel.receive()
+        arrived = self._channel.receive_if_rung()
         self._pending.extend(arrived)
         return any(_is_ls_submit(command) for command in arrived)
 
@@ -39,7 +34,7 @@ class Inbox:
         for command in commands:
             kind = command.WhichOneof("command")
             if kind == "submit":
-                self._lifecycle.submit(_request(command.submit, self._clock_ns()))
+                self._lifecycle.submit(_request(command.submit, command.sent_ns))
             elif kind == "cancel":
                 self._lifecycle.cancel(command.cancel)
             elif kind == "limits":
@@ -57,7 +52,7 @@ def _is_ls_submit(command: engine_pb2.EngineCommand) -> bool:
     )
 
 
-def _request(submit: worker_pb2.WorkerServiceGenerateRequest, now_ns: int) -> Request:
+def _request(submit: worker_pb2.WorkerServiceGenerateRequest, arrival_ns: int) -> Request:
     prompt = np.asarray(submit.prompt_token_ids, dtype=np.int64)
     tokens = np.zeros(len(prompt) + submit.sampling.max_tokens, dtype=np.int64)
     tokens[: len(prompt)] = prompt
@@ -67,7 +62,7 @@ def _request(submit: worker_pb2.WorkerServiceGenerateRequest, now_ns: int) -> Re
         tokens=tokens,
         prompt_tokens=len(prompt),
         known=len(prompt),
-        arrival_ns=now_ns,
+        arrival_ns=arrival_ns,
         tenant=submit.tenant,
         temperature=submit.sampling.temperature,
         seed=submit.sampling.seed,

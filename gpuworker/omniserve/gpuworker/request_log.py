@@ -17,7 +17,7 @@ class RequestLog:
         self.error = ""
         self.cached_tokens = 0
         self.readers = 0
-        self._changed = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
 
     @property
     def ended(self) -> bool:
@@ -35,8 +35,12 @@ class RequestLog:
     async def wait_beyond(self, offset: int) -> None:
         """Returns when there are more than `offset` tokens, or the request has ended."""
         while len(self.tokens) <= offset and not self.ended:
-            await self._changed.wait()
+            changed = asyncio.get_running_loop().create_future()
+            self._waiting.append(changed)
+            await changed
 
     def _wake(self) -> None:
-        self._changed.set()
-        self._changed = asyncio.Event()
+        for changed in self._waiting:
+            if not changed.done():  # its reader's call may have been cancelled
+                changed.set_result(None)
+        self._waiting.clear()

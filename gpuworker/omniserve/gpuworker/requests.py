@@ -68,6 +68,8 @@ class Request:
     """Cancelled or failed: it ends as soon as none of its rows is on its way."""
     error: str = ""
     """Why it failed; empty if it was cancelled."""
+    started_ns: int = 0
+    """When its first stage began."""
     first_token_ns: int = 0
     last_token_ns: int = 0
 

@@ -30,6 +30,8 @@ class Counters:
     prefix_cache_query_tokens: int = 0
     prefix_cache_hit_tokens: int = 0
     busy_ns: int = 0
+    ls_started: int = 0
+    ls_queue_ns: int = 0
 
 
 def snapshot(
@@ -64,6 +66,8 @@ def snapshot(
         prefix_cache_query_tokens=counters.prefix_cache_query_tokens,
         prefix_cache_hit_tokens=counters.prefix_cache_hit_tokens,
         busy_ns=counters.busy_ns,
+        ls_started=counters.ls_started,
+        ls_queue_ns=counters.ls_queue_ns,
         ls_running=len(state.ls_running),
         ls_waiting=len(state.ls_waiting),
         be_device_resident=len(state.be_device),

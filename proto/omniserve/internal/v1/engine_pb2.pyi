@@ -11,18 +11,20 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class EngineCommand(_message.Message):
-    __slots__ = ("submit", "cancel", "limits", "shutdown", "attach")
+    __slots__ = ("submit", "cancel", "limits", "shutdown", "attach", "sent_ns")
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     LIMITS_FIELD_NUMBER: _ClassVar[int]
     SHUTDOWN_FIELD_NUMBER: _ClassVar[int]
     ATTACH_FIELD_NUMBER: _ClassVar[int]
+    SENT_NS_FIELD_NUMBER: _ClassVar[int]
     submit: _worker_pb2.WorkerServiceGenerateRequest
     cancel: str
     limits: _status_pb2.Limits
     shutdown: Shutdown
     attach: AttachServer
-    def __init__(self, submit: _Optional[_Union[_worker_pb2.WorkerServiceGenerateRequest, _Mapping]] = ..., cancel: _Optional[str] = ..., limits: _Optional[_Union[_status_pb2.Limits, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., attach: _Optional[_Union[AttachServer, _Mapping]] = ...) -> None: ...
+    sent_ns: int
+    def __init__(self, submit: _Optional[_Union[_worker_pb2.WorkerServiceGenerateRequest, _Mapping]] = ..., cancel: _Optional[str] = ..., limits: _Optional[_Union[_status_pb2.Limits, _Mapping]] = ..., shutdown: _Optional[_Union[Shutdown, _Mapping]] = ..., attach: _Optional[_Union[AttachServer, _Mapping]] = ..., sent_ns: _Optional[int] = ...) -> None: ...
 
 class AttachServer(_message.Message):
     __slots__ = ("index", "segment")

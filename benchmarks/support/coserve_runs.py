@@ -1,0 +1,213 @@
+"""The runs of `coserve.py`: a start of the stack under one policy; a file of finished ones."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from support.cpu_time import CpuTime
+from support.lengths import Lengths
+from support.load import Arrival, Load, Sent, Slo
+from support.telemetry import tokens_by_path
+from support.worker import pages_for, serve
+from support.worker_stack import WorkerStack
+
+from omniserve.client.bench.arrivals import arrival_times_s
+
+BE = Arrival(0.0, 256, 1024, best_effort=True)
+SERVERS = 2
+BURSTINESS = 1 / 9
+"""Shape of the Gamma gaps: their CV is one over its root, 3."""
+ATTAINED = 0.95
+_STEPS = 6
+
+
+@dataclass(frozen=True)
+class CoserveLoad:
+    """What is the same in every run."""
+
+    lengths: Lengths
+    slo: Slo
+    duration_s: float
+    """Of LS arrivals."""
+    settle_s: float
+    """Of the backlog before them."""
+    device_kv_tokens: int
+    sequences: int
+    """BE requests in flight, in all."""
+
+    def arrivals(self, rate_per_s: float, seed: int) -> list[Arrival]:
+        lengths = self.lengths.draw(np.random.default_rng(seed))
+        # Hundreds of gaps are gone through first: the first of so bursty a process is not typical.
+        times = arrival_times_s(rate_per_s, BURSTINESS, 2 * self.duration_s, seed)
+        late = (at_s - self.duration_s for at_s in times)
+        inside = itertools.dropwhile(lambda at_s: at_s < 0, late)
+        return [
+            Arrival(at_s + self.settle_s, *pair)
+            for at_s, pair in zip(inside, lengths, strict=False)
+        ]
+
+    def seeds(self, rate_per_s: float, requests: int) -> int:
+        """The first so many seeds have `requests` arrivals together."""
+        total = 0
+        for seed in itertools.count():
+            if total >= requests:
+                return seed
+            total += len(self.arrivals(rate_per_s, seed))
+        raise AssertionError("unreachable")
+
+
+class Runs:
+    """Finished runs by their keys, in a file that a later call goes on from."""
+
+    def __init__(self, path: Path | None, more: int) -> None:
+        self.done: list[dict[str, Any]] = []
+        self.exhausted = False
+        """Whether a run was left out because this call had made enough."""
+        self._path = path
+        self._more = more
+        if path is not None and path.is_file():
+            self.done = [json.loads(line) for line in path.read_text().splitlines()]
+
+    def make(
+        self, load: CoserveLoad, policy: str, headroom: float | None, rate_per_s: float, seed: int
+    ) -> dict[str, Any] | None:
+        """Returns the run: from the file, or made now; None if this call has made enough."""
+        key = {"policy": policy, "headroom": headroom, "rate_per_s": rate_per_s, "seed": seed}
+        for done in self.done:
+            if key.items() <= done.items():
+                return done
+        if self._more == 0:
+            self.exhausted = True
+            return None
+        self._more -= 1
+        made = key | _run(load, policy, headroom, rate_per_s, seed)
+        self.done.append(made)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a") as lines:
+                lines.write(json.dumps(made) + "\n")
+        shown = {name: value for name, value in made.items() if name != "requests"}
+        met = np.mean([request["met"] for request in made["requests"]])
+        print(json.dumps(shown | {"ls_attainment": met}), file=sys.stderr, flush=True)
+        return made
+
+
+def saturation_per_s(load: CoserveLoad, runs: Runs) -> float | None:
+    """The highest rate at which `ls-only` attains 0.95; None if this call may not go on."""
+    low, high = 0.0, 8.0
+    for _ in range(_STEPS):
+        rate = (low + high) / 2
+        attained = []
+        for seed in range(2):
+            made = runs.make(load, "ls-only", None, rate, seed)
+            if made is None:
+                return None
+            attained += [request["met"] for request in made["requests"]]
+        if np.mean(attained) >= ATTAINED:
+            low = rate
+        else:
+            high = rate
+    return low
+
+
+def _run(
+    load: CoserveLoad, policy: str, headroom: float | None, rate_per_s: float, seed: int
+) -> dict[str, Any]:
+    """One start of the stack; BE tokens count from the first to the last moment of LS arrivals."""
+    arrivals = load.arrivals(rate_per_s, seed)
+    each = load.sequences // SERVERS
+    pages = each * pages_for(BE.prompt_tokens + BE.output_tokens)
+    with serve(
+        device_kv_tokens=load.device_kv_tokens,
+        servers=SERVERS,
+        sequences=each,
+        pages=pages,
+        orphan_lease_s=0,
+        **_flags(policy, headroom),
+    ) as stack:
+        client = Load(stack.worker.address, load.slo, seed)
+        client.run([Arrival(0.0, 64, 8)])  # warms up
+        with Window(stack, load.settle_s, load.duration_s) as window:
+            end_s = load.settle_s + load.duration_s
+            sent, backlog = client.run_beside(arrivals, [BE] * (2 * load.sequences), end_s)
+    return {
+        "requests": [_judged(one, load.slo) for one in sent],
+        "be_context_tokens": window.be_context_tokens(backlog),
+        **window.figures(),
+    }
+
+
+class Window:
+    """Reads the worker's counters when LS arrivals begin, and when they end."""
+
+    def __init__(self, stack: WorkerStack, begin_s: float, duration_s: float) -> None:
+        self._stack = stack
+        self._begin_s = time.perf_counter() + begin_s
+        self._end_s = self._begin_s + duration_s
+        self._thread = threading.Thread(target=self._watch)
+        self._cores: dict[str, float] = {}
+
+    def __enter__(self) -> Window:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._thread.join()
+
+    def figures(self) -> dict[str, Any]:
+        """What the worker did in the window."""
+        first, last = self._first, self._last
+        seconds = self._end_s - self._begin_s
+        passes = last.passes - first.passes
+        return {
+            "be_tokens_per_s": (last.be_output_tokens - first.be_output_tokens) / seconds,
+            "tokens_by_path": tokens_by_path(first, last),
+            "busy_share": (last.busy_ns - first.busy_ns) / 1e9 / seconds,
+            "passes_per_s": passes / seconds,
+            "ls_tokens_per_pass": (last.ls_output_tokens - first.ls_output_tokens) / max(1, passes),
+            "cores": self._cores,
+        }
+
+    def be_context_tokens(self, backlog: Sequence[Sent]) -> float:
+        """Mean context of the BE tokens that came in the window; 0 without any."""
+        contexts = [
+            BE.prompt_tokens + index
+            for one in backlog
+            for index, at_s in enumerate(one.record.token_times_s)
+            if self._begin_s <= at_s < self._end_s
+        ]
+        return float(np.mean(contexts)) if contexts else 0.0
+
+    def _watch(self) -> None:
+        time.sleep(self._begin_s - time.perf_counter())
+        cpu = CpuTime(self._stack)
+        self._first = self._stack.telemetry()
+        time.sleep(self._end_s - time.perf_counter())
+        self._last = self._stack.telemetry()
+        self._cores = cpu.cores()
+
+
+def _flags(policy: str, headroom: float | None) -> dict[str, Any]:
+    """Flags of the worker that make it follow `policy`."""
+    return {"policy": policy} | ({"reserve_headroom": headroom} if headroom is not None else {})
+
+
+def _judged(sent: Sent, slo: Slo) -> dict[str, Any]:
+    record = sent.record
+    met = record.meets(slo.ttft_ms, slo.tpot_ms)
+    return {"met": met, "ttft_ms": record.ttft_ms, "tpot_ms": record.tpot_ms}
