@@ -51,20 +51,22 @@ class EngineEvent(_message.Message):
     def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., sampled: _Optional[_Union[SampledTokens, _Mapping]] = ..., ended: _Optional[_Union[RequestEnded, _Mapping]] = ..., telemetry: _Optional[_Union[_status_pb2.Telemetry, _Mapping]] = ...) -> None: ...
 
 class EngineReady(_message.Message):
-    __slots__ = ("model", "context_tokens", "vocabulary_tokens", "ls_tokens_max", "be_prompt_tokens_max", "geometry")
+    __slots__ = ("model", "context_tokens", "vocabulary_tokens", "ls_tokens_max", "be_prompt_tokens_max", "geometry", "layers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LS_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     BE_PROMPT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     context_tokens: int
     vocabulary_tokens: int
     ls_tokens_max: int
     be_prompt_tokens_max: int
     geometry: _attention_pb2.Geometry
-    def __init__(self, model: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ..., geometry: _Optional[_Union[_attention_pb2.Geometry, _Mapping]] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[_attention_pb2.LayerOptions]
+    def __init__(self, model: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ..., geometry: _Optional[_Union[_attention_pb2.Geometry, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_attention_pb2.LayerOptions, _Mapping]]] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("reason", "message")
