@@ -12,10 +12,9 @@ from support.random_models import KINDS, VOCABULARY, WINDOW_TOKENS, make
 from support.worker_stack import WorkerStack
 
 MAX_TOKENS = 40
+DRAW = torch.Generator().manual_seed(7)
 PROMPTS = [
-    torch.randint(
-        3, VOCABULARY, (length,), generator=torch.Generator().manual_seed(length)
-    ).tolist()
+    torch.randint(3, VOCABULARY, (length,), generator=DRAW).tolist()
     for length in (5, WINDOW_TOKENS - 1, 3 * WINDOW_TOKENS, 130)
 ]
 """Windows that fill while decoding, and prompts longer than the window."""

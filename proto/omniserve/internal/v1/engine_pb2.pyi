@@ -77,12 +77,21 @@ class EngineFailed(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SampledTokens(_message.Message):
-    __slots__ = ("request_ids", "token_ids")
+    __slots__ = ("request_ids", "token_ids", "logprobs")
+    class LogprobsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: _types_pb2.TokenLogprobs
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_ids: _containers.RepeatedScalarFieldContainer[str]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    logprobs: _containers.MessageMap[int, _types_pb2.TokenLogprobs]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Mapping[int, _types_pb2.TokenLogprobs]] = ...) -> None: ...
 
 class RequestEnded(_message.Message):
     __slots__ = ("request_id", "reason", "error")
