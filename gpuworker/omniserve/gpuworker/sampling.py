@@ -21,6 +21,12 @@ from omniserve.gpuworker.sampling_params import SamplingParams
 Row: TypeAlias = npt.NDArray[np.float64]
 """One value per token of the vocabulary."""
 
+_BLOCK = 256
+"""Tokens that a draw sums at a time."""
+_WEIGHT_FLOORS = (1e-2, 1e-4, 0.0)
+_LOGPROB_FLOORS = (-8.0, -16.0, -np.inf)
+"""Where to look for the largest values of a row: the most probable tokens' are above the first."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -46,10 +52,11 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
 
     logits: [requests, vocabulary] float32, row i for requests[i]; they stay as they are.
     """
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    rows = logits.numpy()
+    tokens: list[int] = rows.argmax(axis=-1).tolist()
     for index, request in enumerate(requests):
         if not request.sampling.takes_best:
-            tokens[index] = _choose(logits[index].numpy().astype(np.float64), request)
+            tokens[index] = _choose(rows[index].astype(np.float64), request)
     return tokens
 
 
@@ -60,9 +67,10 @@ def logprobs(
 
     logits: [requests, vocabulary] float32, those that `sample` has chosen `tokens` from.
     """
+    rows = logits.numpy()
     return {
         request.request_id: _logprobs(
-            logits[index].numpy().astype(np.float64), tokens[index], request.sampling.logprobs
+            rows[index].astype(np.float64), tokens[index], request.sampling.logprobs
         )
         for index, request in enumerate(requests)
         if request.sampling.logprobs
@@ -80,12 +88,28 @@ def _choose(row: Row, request: Request) -> int:
         row /= params.temperature
     weights = np.exp(row, out=row)
     _drop_improbable(weights, params)
-    # The inverse of the cumulative distribution at the draw. Rounding may put that behind the last
-    # token of any weight.
-    cumulative = np.cumsum(weights)
-    draw = uniform(params.seed, request.known) * cumulative[-1]
+    return _draw(weights, uniform(params.seed, request.known))
+
+
+def _draw(weights: Row, draw: float) -> int:
+    """Returns the first token whose cumulative probability is over `draw`, in [0, 1).
+
+    A running sum over a vocabulary takes longer than all else, so it runs over blocks of tokens,
+    and then over those of one block.
+    """
+    blocks = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK)))
+    threshold = draw * blocks[-1]
+    block = _first_over(blocks, threshold)
+    first = block * _BLOCK
+    before = blocks[block - 1] if block else 0.0
+    inside = before + np.cumsum(weights[first : first + _BLOCK])
+    return first + _first_over(inside, threshold)
+
+
+def _first_over(cumulative: Row, threshold: float) -> int:
+    """The first place over `threshold`; the last that adds anything if rounding leaves none."""
     last = np.searchsorted(cumulative, cumulative[-1])
-    return int(min(np.searchsorted(cumulative, draw, side="right"), last))
+    return int(min(np.searchsorted(cumulative, threshold, side="right"), last))
 
 
 def _penalise(row: Row, request: Request) -> None:
@@ -107,21 +131,40 @@ def _drop_improbable(weights: Row, params: SamplingParams) -> None:
     weights: proportional to probabilities, the largest is 1.
     """
     weights[weights < params.min_p] = 0.0
-    beyond = len(weights) - params.top_k
-    if 0 < beyond < len(weights):
-        weights[weights < np.partition(weights, beyond)[beyond]] = 0.0
+    if 0 < params.top_k < len(weights):
+        weights[weights < _kth_largest(weights, params.top_k, _WEIGHT_FLOORS)] = 0.0
     if 0.0 < params.top_p < 1.0:
-        ascending = np.sort(weights[weights > 0.0])
-        cumulative = np.cumsum(ascending[::-1])
-        kept = np.searchsorted(cumulative, params.top_p * cumulative[-1])
-        weights[weights < ascending[-1 - kept]] = 0.0
+        weights[weights < _nucleus_floor(weights, params.top_p)] = 0.0
+
+
+def _kth_largest(row: Row, k: int, floors: Sequence[float]) -> float:
+    """Looks among values above each of `floors` in turn: mostly few are, and few sort fast."""
+    for floor in floors:
+        candidates = row[row >= floor]
+        if len(candidates) >= k:
+            break
+    place = len(candidates) - k
+    return float(np.partition(candidates, place)[place])
+
+
+def _nucleus_floor(weights: Row, top_p: float) -> float:
+    """The least of the largest weights that make up `top_p` of the sum of all."""
+    wanted = top_p * weights.sum()
+    for floor in _WEIGHT_FLOORS:
+        candidates = weights[weights >= floor]
+        if candidates.sum() >= wanted:
+            break
+    descending = np.sort(candidates)[::-1]
+    # Rounding may leave even all of them short of what is wanted.
+    place = min(np.searchsorted(np.cumsum(descending), wanted), len(descending) - 1)
+    return float(descending[place])
 
 
 def _logprobs(row: Row, token: int, top: int) -> TokenLogprobs:
     """row: the logits, [vocabulary]; overwritten."""
     row -= row.max()
     row -= np.log(np.exp(row).sum())
-    least = np.partition(row, -min(top, len(row)))[-min(top, len(row))]
+    least = _kth_largest(row, min(top, len(row)), _LOGPROB_FLOORS)
     candidates = np.flatnonzero(row >= least)
     best = candidates[np.argsort(-row[candidates], kind="stable")][:top]
     return TokenLogprobs(float(row[token]), tuple((int(t), float(row[t])) for t in best))
