@@ -137,7 +137,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, reference: Any) -> Path:
     """The same tokenizer as a Hugging Face folder has it."""
     folder = tmp_path_factory.mktemp("folder")
     reference.save_pretrained(folder)
-    fields = {"model_type": "llama", "max_position_embeddings": 8192, "eos_token_id": [0, 2]}
+    fields = {"model_type": "llama", "vocab_size": 49_152, "eos_token_id": [0, 2]}
+    fields["max_position_embeddings"] = 8192
     (folder / "config.json").write_text(json.dumps(fields))
     return folder
 
@@ -172,7 +173,7 @@ def test_a_folder_that_lacks_a_file_or_has_a_broken_one_is_a_typed_error(
         tokenizer.load(copy)
 
 
-@pytest.mark.parametrize("missing", ["max_position_embeddings", "eos_token_id"])
+@pytest.mark.parametrize("missing", ["max_position_embeddings", "vocab_size", "eos_token_id"])
 def test_a_missing_field_of_a_folder_is_named(folder: Path, tmp_path: Path, missing: str) -> None:
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
     fields = json.loads((copy / "config.json").read_text())
@@ -213,7 +214,7 @@ def save_sentencepiece(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    fields = {"max_position_embeddings": 1024, "eos_token_id": 2}
+    fields = {"max_position_embeddings": 1024, "vocab_size": len(PIECES) + 5, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(fields))
 
 
@@ -229,6 +230,8 @@ def test_a_vocabulary_of_sentencepiece_decodes_as_transformers_does(tmp_path: Pa
     # A space at the start of an answer is part of it.
     assert ours.decode(asyncio.run(ours.encode("the"))) == " the"
     assert ours.decode([2]) == ""
+    # A model may have more tokens than its tokenizer knows.
+    assert ours.decode([len(PIECES) + 4]) == ""
 
 
 def test_a_gguf_file_may_have_a_vocabulary_of_sentencepiece(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def load(path: Path) -> Tokenizer:
     """Reads the tokenizer of a GGUF file or a Hugging Face folder. Raises ModelFileError."""
     parts = read_folder(path) if path.is_dir() else read_gguf(path)
     token_bytes = _token_bytes(parts.backend.backend_tokenizer)
+    token_bytes += [b""] * (parts.vocabulary_tokens - len(token_bytes))
     return Tokenizer(parts.context_tokens, token_bytes, parts.stop_tokens, parts.backend)
 
 

@@ -35,6 +35,8 @@ class TokenizerParts:
     context_tokens: int
     stop_tokens: frozenset[int]
     """End-of-sequence tokens."""
+    vocabulary_tokens: int
+    """What the model can yield at least: some have more tokens than their tokenizer."""
 
 
 def read_gguf(path: Path) -> TokenizerParts:
@@ -58,7 +60,8 @@ def read_gguf(path: Path) -> TokenizerParts:
     backend = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend_tokenizer, chat_template=metadata.get("tokenizer.chat_template")
     )
-    return TokenizerParts(backend, context_tokens, frozenset({eos, end_of_turn}))
+    stop_tokens = frozenset({eos, end_of_turn})
+    return TokenizerParts(backend, context_tokens, stop_tokens, len(parts["tokens"]))
 
 
 def _read_metadata(path: Path) -> dict[str, Any]:
@@ -76,16 +79,25 @@ def _read_metadata(path: Path) -> dict[str, Any]:
 def read_folder(folder: Path) -> TokenizerParts:
     """Raises ModelFileError."""
     config = _read_json(folder / "config.json")
-    context_tokens = config.get("max_position_embeddings")
-    if not isinstance(context_tokens, int):
-        raise ModelFileError(f"{folder / 'config.json'}: no max_position_embeddings")
     if not (folder / "tokenizer.json").is_file():
         raise ModelFileError(f"{folder / 'tokenizer.json'}: no such file")
     try:
         backend = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the tokenizers library raises plain Exception
         raise ModelFileError(f"{folder}: no readable tokenizer: {error}") from error
-    return TokenizerParts(backend, context_tokens, _stop_tokens(folder, config))
+    return TokenizerParts(
+        backend,
+        _integer(folder, config, "max_position_embeddings"),
+        _stop_tokens(folder, config),
+        _integer(folder, config, "vocab_size"),
+    )
+
+
+def _integer(folder: Path, config: dict[str, Any], name: str) -> int:
+    value = config.get(name)
+    if not isinstance(value, int):
+        raise ModelFileError(f"{folder / 'config.json'}: no {name}, or no integer")
+    return value
 
 
 def _stop_tokens(folder: Path, config: dict[str, Any]) -> frozenset[int]:
