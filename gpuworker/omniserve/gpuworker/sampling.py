@@ -23,7 +23,7 @@ Row: TypeAlias = npt.NDArray[np.float64]
 
 _BLOCK = 256
 """Tokens that a draw sums at a time."""
-_WEIGHT_FLOORS = (1e-2, 1e-4, 0.0)
+_WEIGHT_FLOORS = (1e-2, 1e-4, float(np.nextafter(0.0, 1.0)))
 _LOGPROB_FLOORS = (-8.0, -16.0, -np.inf)
 """Where to look for the largest values of a row: the most probable tokens' are above the first."""
 
@@ -130,7 +130,8 @@ def _drop_improbable(weights: Row, params: SamplingParams) -> None:
 
     weights: proportional to probabilities, the largest is 1.
     """
-    weights[weights < params.min_p] = 0.0
+    if params.min_p > 0.0:
+        weights[weights < params.min_p] = 0.0
     if 0 < params.top_k < len(weights):
         weights[weights < _kth_largest(weights, params.top_k, _WEIGHT_FLOORS)] = 0.0
     if 0.0 < params.top_p < 1.0:
@@ -138,12 +139,15 @@ def _drop_improbable(weights: Row, params: SamplingParams) -> None:
 
 
 def _kth_largest(row: Row, k: int, floors: Sequence[float]) -> float:
-    """Looks among values above each of `floors` in turn: mostly few are, and few sort fast."""
+    """Looks among values above each of `floors` in turn: mostly few are, and few sort fast.
+
+    Returns the least of those above the last one if they are fewer than `k`.
+    """
     for floor in floors:
         candidates = row[row >= floor]
         if len(candidates) >= k:
             break
-    place = len(candidates) - k
+    place = max(0, len(candidates) - k)
     return float(np.partition(candidates, place)[place])
 
 
