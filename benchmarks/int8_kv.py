@@ -29,7 +29,7 @@ from omniserve.attnkernel import PagedKv
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.model.gguf_file import GgufModel
-from omniserve.gpuworker.model.llama import load_llama
+from omniserve.gpuworker.model.weights import load_weights
 from omniserve.gpuworker.requests import Request
 
 PAGE_TOKENS = 64
@@ -44,7 +44,7 @@ class Reader:
     def __init__(self, model: GgufModel, dtype: str, kv_dtype: str, threads: int) -> None:
         config = model.config
         pages = -(-max(map(len, real_prompts())) // PAGE_TOKENS)
-        weights = load_llama(model, getattr(torch, dtype))
+        weights = load_weights(model, getattr(torch, dtype))
         self._device = CpuDevice(config, weights, pages, PAGE_TOKENS, threads)
         shape = (config.layers, config.kv_heads, config.head_dim, PAGE_TOKENS, pages)
         self._device.kv = PagedKv(*shape, dtype, threads, kv_dtype)

@@ -12,6 +12,7 @@ import pytest
 import omniserve.client
 from omniserve.client import (
     AttentionServerStatus,
+    Chunk,
     FinishReason,
     JobState,
     Limits,
@@ -20,18 +21,20 @@ from omniserve.client import (
     Slo,
     Status,
     Telemetry,
+    TokenLogprob,
+    TokenLogprobs,
     TokensByPath,
     Usage,
     WorkerStatus,
 )
-from omniserve.v1 import jobs_pb2, status_pb2, types_pb2
+from omniserve.v1 import inference_pb2, jobs_pb2, status_pb2, types_pb2
 
 EXPORTED = {
     "DEFAULT_ADDRESS", "AttentionServerStatus", "CallCancelledError", "Chunk", "Client",
     "DeadlineExceededError", "FinishReason", "Generation", "Job", "JobCounts", "JobItem",
     "JobResult", "JobState", "Limits", "Message", "MessageTooLargeError", "Model",
     "OmniServeError", "SamplingParams", "ServiceClass", "Slo", "Status", "Telemetry",
-    "TokensByPath", "UnreachableError", "Usage", "WorkerStatus",
+    "TokenLogprob", "TokenLogprobs", "TokensByPath", "UnreachableError", "Usage", "WorkerStatus",
 }  # fmt: skip
 
 
@@ -52,6 +55,9 @@ def test_importing_the_sdk_does_not_import(heavy: str) -> None:
     [
         (SamplingParams, types_pb2.SamplingParams),
         (Slo, types_pb2.Slo),
+        (TokenLogprob, types_pb2.TokenLogprob),
+        (TokenLogprobs, types_pb2.TokenLogprobs),
+        (Chunk, inference_pb2.Chunk),
         (Usage, types_pb2.Usage),
         (Limits, status_pb2.Limits),
         (TokensByPath, status_pb2.TokensByPath),

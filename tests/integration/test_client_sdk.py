@@ -138,7 +138,7 @@ def test_all_that_the_caller_says_reaches_the_server(client: Client, inference: 
     client.generate(
         messages=[Message("user", "hi")],
         service_class="best_effort",
-        sampling=SamplingParams(3, 0.5, 9, True),
+        sampling=SamplingParams(3, 0.5, 9, True, top_k=5, stop=["a", "b"], logprobs=2),
         slo=Slo(100, 20),
         request_id="r1",
         resume_offset=1,
@@ -148,7 +148,17 @@ def test_all_that_the_caller_says_reaches_the_server(client: Client, inference: 
     assert request.chat.messages[0].content == "hi"
     assert request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
     assert request.sampling.ignore_eos
+    assert request.sampling.top_k == 5
+    assert list(request.sampling.stop) == ["a", "b"]
+    assert request.sampling.logprobs == 2
     assert (request.request_id, request.resume_offset, request.slo.tpot_ms) == ("r1", 1, 20)
+
+
+def test_a_single_stop_string_is_not_taken_for_a_list_of_characters(
+    client: Client, inference: Inference
+) -> None:
+    client.generate("hi", sampling=SamplingParams(1, stop="end")).text()
+    assert list(inference.requests[0].sampling.stop) == ["end"]
 
 
 def test_cancelling_from_another_thread_ends_the_stream(client: Client) -> None:

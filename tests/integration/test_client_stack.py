@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -12,8 +13,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.random_models import Kind
+from support.random_models import make as make_random
+from support.stack import MODEL_PATH
+from transformers import AutoTokenizer
 
 from omniserve.client import Client, SamplingParams
 from omniserve.client.stack import ProcessFailedError, Stack, StackSettings
@@ -76,6 +82,33 @@ def test_a_stack_answers_and_stops_without_leaving_anything(make: Make) -> None:
         assert answer(stack)
     assert survivors(p.pid for p in running) == []
     assert list(Path(wanted.shm_dir).iterdir()) == []
+
+
+def test_a_stack_serves_a_folder_with_every_sampling_option(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    make_random(Kind("small", "llama", {"vocab_size": 49_152})).save_pretrained(folder)
+    words = AutoTokenizer.from_pretrained(str(MODEL_PATH.parent), gguf_file=MODEL_PATH.name)
+    words.save_pretrained(folder)
+    command = [sys.executable, "-m", "omniserve.client", "generate", "--json", "--max-tokens=40"]
+    options = ["--temperature=1.5", "--seed=3", "--top-k=500", "--top-p=0.95", "--min-p=0.001"]
+    options += ["--repetition-penalty=1.1", "--presence-penalty=0.1", "--frequency-penalty=0.2"]
+
+    def ask(address: str, *more: str) -> dict[str, Any]:
+        arguments = [*command, f"--address={address}", *options, *more, "A river?"]
+        done = subprocess.run(arguments, capture_output=True, text=True, check=True, timeout=WAIT_S)
+        answer: dict[str, Any] = json.loads(done.stdout)
+        return answer
+
+    with Stack(make(model_path=str(folder))) as stack:
+        whole = ask(stack.address, "--logprobs=2")
+        assert len(whole["logprobs"]) == whole["usage"]["completion_tokens"] == 40
+        assert all(len(entry["top"]) == 2 for entry in whole["logprobs"])
+        text = whole["text"]
+        stop = text[len(text) // 2 :][:3]
+        stopped = ask(stack.address, "--stop=never there", f"--stop={stop}")
+        assert (stopped["text"], stopped["finish_reason"]) == (text[: text.find(stop)], "stop")
+        best_effort = ask(stack.address, "--service-class=best_effort")
+        assert best_effort["text"] == text
 
 
 def test_a_dead_attention_server_and_control_plane_are_started_again(make: Make) -> None:

@@ -11,9 +11,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
-from support.stack import ControlPlane, Process, Stack, wait_for
+from support.stack import MODEL_PATH, ControlPlane, Process, Stack, wait_for
 from support.standin_worker import REFUSED_TOKEN, STUCK_TOKEN, expected_tokens
 
+from omniserve.controlplane import tokenizer
+from omniserve.controlplane.tokenizer import Tokenizer
 from omniserve.errors import (
     ContextLengthExceededError,
     InvalidArgumentError,
@@ -115,6 +117,18 @@ BAD_REQUESTS = [
             "sampling.temperature",
         )
         for value in (-0.1, 100.5, float("nan"), float("inf"))
+    ),
+    *(
+        (ask(sampling=types_pb2.SamplingParams(**fields)), InvalidArgumentError, f"sampling.{name}")
+        for fields, name in (
+            ({"top_p": 1.1}, "top_p"),
+            ({"min_p": -0.1}, "min_p"),
+            ({"repetition_penalty": -1.0}, "repetition_penalty"),
+            ({"presence_penalty": 3.0}, "presence_penalty"),
+            ({"frequency_penalty": float("nan")}, "frequency_penalty"),
+            ({"logprobs": 21}, "logprobs"),
+            ({"stop": ["x", ""]}, "stop[1]"),
+        )
     ),
     (
         ask(sampling=types_pb2.SamplingParams(max_tokens=8193)),
@@ -339,9 +353,9 @@ def _workers(controlplane: ControlPlane) -> list[str]:
 def _lose_worker_while_streaming(
     controlplane: ControlPlane, worker: Process, replace: object
 ) -> tuple[list[int], bool]:
-    request = ask(sampling=types_pb2.SamplingParams(max_tokens=300))
+    request = ask(sampling=types_pb2.SamplingParams(max_tokens=300, logprobs=1))
     call = controlplane.inference.Generate(request)
-    got = tokens([next(call), next(call)])
+    responses = [next(call), next(call)]
     worker.kill()
     replaced = threading.Event()
 
@@ -352,8 +366,11 @@ def _lose_worker_while_streaming(
         replaced.set()
 
     threading.Thread(target=bring_back, daemon=True).start()
-    got += tokens(list(call))
-    return got, replaced.wait(10)
+    responses += call
+    # The stand-in tells thereby how much of the output it knows of.
+    output = [-entry.logprob for response in responses for entry in response.chunk.logprobs]
+    assert output == list(range(300))
+    return tokens(responses), replaced.wait(10)
 
 
 def test_a_repeated_id_gets_the_same_answer_and_a_job_s_id_is_refused(
@@ -362,3 +379,58 @@ def test_a_repeated_id_gets_the_same_answer_and_a_job_s_id_is_refused(
     first = tokens(list(controlplane.inference.Generate(ask(request_id="twice"))))
     assert tokens(list(controlplane.inference.Generate(ask(request_id="twice")))) == first
     assert error_of(controlplane, ask(request_id="job:x:0")).field == "request_id"
+
+
+@pytest.fixture(scope="module")
+def words() -> Tokenizer:
+    return tokenizer.load(MODEL_PATH)
+
+
+@pytest.mark.parametrize("service_class", [1, 2])
+def test_a_stop_string_ends_the_text_before_it_and_the_request_at_its_worker(
+    controlplane: ControlPlane, words: Tokenizer, service_class: int
+) -> None:
+    made = expected_tokens(PROMPT, 400)
+    text = words.decode(made[:20])
+    stop = text[len(text) // 2 :][:6]  # of several tokens, cut anywhere
+    responses = list(
+        controlplane.inference.Generate(
+            ask(
+                request_id=f"stopped-{service_class}",
+                service_class=service_class,
+                sampling=types_pb2.SamplingParams(max_tokens=5000, stop=["never there", stop]),
+            )
+        )
+    )
+    assert "".join(r.chunk.text for r in responses) == text[: text.find(stop)]
+    finished = responses[-1].finished
+    assert finished.reason == types_pb2.FINISH_REASON_STOP
+    assert tokens(responses) == made[: finished.usage.completion_tokens]
+    assert stop in words.decode(tokens(responses))
+    cancel = inference_pb2.CancelRequest(request_id=f"stopped-{service_class}")
+    assert not controlplane.inference.Cancel(cancel).cancelled  # it has ended at the worker
+
+
+def test_stop_strings_that_do_not_come_change_nothing(
+    controlplane: ControlPlane, words: Tokenizer
+) -> None:
+    made = expected_tokens(PROMPT, 50)
+    ending = words.decode(made)[-1]  # held back until the end
+    sampling = types_pb2.SamplingParams(max_tokens=50, stop=[ending + "no such end"])
+    responses = list(controlplane.inference.Generate(ask(sampling=sampling)))
+    assert tokens(responses) == made
+    assert "".join(r.chunk.text for r in responses) == words.decode(made)
+    assert responses[-1].finished.reason == types_pb2.FINISH_REASON_LENGTH
+
+
+@pytest.mark.parametrize("stop", [[], ["e", "qqq"]])
+def test_every_token_of_a_chunk_has_its_logprobs(
+    controlplane: ControlPlane, stop: list[str]
+) -> None:
+    sampling = types_pb2.SamplingParams(max_tokens=60, logprobs=1, stop=stop)
+    responses = list(controlplane.inference.Generate(ask(sampling=sampling)))
+    chunks = [r.chunk for r in responses[:-1]]
+    for chunk in chunks:
+        assert len(chunk.logprobs) == len(chunk.token_ids)
+    found = [-entry.logprob for chunk in chunks for entry in chunk.logprobs]
+    assert found == list(range(responses[-1].finished.usage.completion_tokens))

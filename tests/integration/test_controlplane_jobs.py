@@ -4,10 +4,11 @@ from collections.abc import Iterator
 
 import grpc
 import pytest
-from support.stack import ControlPlane, Stack, wait_for
+from support.stack import MODEL_PATH, ControlPlane, Stack, wait_for
 from support.standin_worker import REFUSED_TOKEN, STUCK_TOKEN, expected_tokens
 
 from omniserve import keys
+from omniserve.controlplane import tokenizer
 from omniserve.errors import (
     ContextLengthExceededError,
     InvalidArgumentError,
@@ -113,6 +114,21 @@ def test_an_item_that_the_worker_refuses_fails_alone(controlplane: ControlPlane)
     assert [(r.custom_id, r.reason) for r in failed] == [("2", types_pb2.FINISH_REASON_ERROR)]
     counts = get(controlplane, job_id).counts
     assert (counts.completed, counts.failed) == (2, 1)
+
+
+def test_stop_strings_and_logprobs_hold_for_items_too(controlplane: ControlPlane) -> None:
+    words = tokenizer.load(MODEL_PATH)
+    made = expected_tokens([500, 0], 100)
+    text = words.decode(made[:20])
+    stop = text[len(text) // 2 :][:6]
+    sampling = types_pb2.SamplingParams(max_tokens=5000, stop=[stop], logprobs=1)
+    job = items(1)
+    job[0].sampling.CopyFrom(sampling)
+    (result,) = results(controlplane, submit(controlplane, job))
+    assert result.text == text[: text.find(stop)]
+    assert result.reason == types_pb2.FINISH_REASON_STOP
+    assert list(result.token_ids) == made[: result.usage.completion_tokens]
+    assert [-entry.logprob for entry in result.logprobs] == list(range(len(result.token_ids)))
 
 
 def test_a_bad_item_refuses_the_job_and_is_named(controlplane: ControlPlane) -> None:

@@ -50,6 +50,18 @@ BAD: list[tuple[str, dict[str, Any], str, str]] = [
     ("nan", {"temperature": math.nan}, "INVALID_ARGUMENT", "sampling.temperature"),
     ("infinity", {"temperature": math.inf}, "INVALID_ARGUMENT", "sampling.temperature"),
     ("negative", {"temperature": -0.1}, "INVALID_ARGUMENT", "sampling.temperature"),
+    ("no probability", {"top_p": 1.5}, "INVALID_ARGUMENT", "sampling.top_p"),
+    ("no part", {"min_p": -0.5}, "INVALID_ARGUMENT", "sampling.min_p"),
+    ("reward", {"repetition_penalty": -1.0}, "INVALID_ARGUMENT", "sampling.repetition_penalty"),
+    ("presence", {"presence_penalty": 2.5}, "INVALID_ARGUMENT", "sampling.presence_penalty"),
+    (
+        "frequency",
+        {"frequency_penalty": math.nan},
+        "INVALID_ARGUMENT",
+        "sampling.frequency_penalty",
+    ),
+    ("logprobs", {"logprobs": 21}, "INVALID_ARGUMENT", "sampling.logprobs"),
+    ("all generated", {"generated_tokens": 3}, "INVALID_ARGUMENT", "generated_tokens"),
     (
         "over the context",
         {"max_tokens": 8192, "best_effort": True},

@@ -63,6 +63,14 @@ class Running:
                 self.changed.notify_all()
         await self.end(types_pb2.FINISH_REASON_LENGTH)
 
+    def logprobs(self, offset: int) -> list[types_pb2.TokenLogprobs]:
+        """If asked for: a token's is less the number of tokens generated before it, anywhere."""
+        if not self.request.sampling.logprobs:
+            return []
+        before = range(offset, len(self.tokens))
+        generated = self.request.generated_tokens
+        return [types_pb2.TokenLogprobs(logprob=-(generated + index)) for index in before]
+
     async def end(self, reason: types_pb2.FinishReason) -> None:
         if not self.reason:
             self.reason = reason
@@ -93,7 +101,9 @@ class StandinWorker(worker_pb2_grpc.WorkerServiceServicer):
                     await running.changed.wait()
             fresh = running.tokens[sent:]
             if fresh:
-                yield worker_pb2.WorkerServiceGenerateResponse(offset=sent, token_ids=fresh)
+                yield worker_pb2.WorkerServiceGenerateResponse(
+                    offset=sent, token_ids=fresh, logprobs=running.logprobs(sent)
+                )
                 sent += len(fresh)
             if running.reason and sent == len(running.tokens):
                 break

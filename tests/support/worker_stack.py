@@ -82,6 +82,7 @@ class Stream:
         self.request_id = request_id
         self.call = call
         self.tokens: list[int] = []
+        self.logprobs: list[types_pb2.TokenLogprobs] = []
         self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
         self.cached_tokens = 0
 
@@ -91,11 +92,13 @@ class Stream:
             message = next(self.call)
             assert not message.finish_reason, f"ended after {len(self.tokens)} tokens"
             self.tokens.extend(message.token_ids)
+            self.logprobs.extend(message.logprobs)
 
     def finish(self) -> list[int]:
         """Waits for the end; returns all tokens."""
         for message in self.call:
             self.tokens.extend(message.token_ids)
+            self.logprobs.extend(message.logprobs)
             self.finish_reason = message.finish_reason
             self.cached_tokens = message.cached_tokens
         return self.tokens
@@ -190,6 +193,7 @@ class WorkerStack:
         request_id: str = "",
         resume_offset: int = 0,
         tenant: str = "",
+        generated_tokens: int = 0,
         **sampling: Any,
     ) -> Stream:
         """Submits a request; returns at once."""
@@ -206,6 +210,7 @@ class WorkerStack:
             slo=types_pb2.Slo(ttft_ms=10_000, tpot_ms=1000),
             resume_offset=resume_offset,
             tenant=tenant,
+            generated_tokens=generated_tokens,
         )
         stub = worker_pb2_grpc.WorkerServiceStub(channel) if channel else self.stub
         return Stream(stub.Generate(request), request.request_id)

@@ -1,14 +1,20 @@
 import asyncio
+import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.stack import MODEL_PATH
-from transformers import AutoTokenizer
+from tokenizers import decoders, models, normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from omniserve.controlplane import tokenizer
 from omniserve.controlplane.tokenizer import Tokenizer
@@ -96,12 +102,14 @@ def test_text_over_the_byte_bound_cannot_fit_the_context(ours: Tokenizer) -> Non
     assert len(longest) * ours.context_tokens == ours.text_bytes_max
 
 
-def test_the_tokenizer_needs_no_torch() -> None:
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_the_tokenizer_needs_no_torch(kind: str, folder: Path) -> None:
+    path = MODEL_PATH if kind == "file" else folder
     code = (
         "import sys; sys.modules['torch'] = None\n"
         "from pathlib import Path\n"
         "from omniserve.controlplane import server, tokenizer\n"
-        f"print(tokenizer.load(Path({str(MODEL_PATH)!r})).vocabulary_tokens)"
+        f"print(tokenizer.load(Path({str(path)!r})).vocabulary_tokens)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "49152"
@@ -122,3 +130,127 @@ def test_a_missing_or_foreign_file_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("not a model\n" * 1000)
     with pytest.raises(ModelFileError, match="not a whole GGUF file"):
         tokenizer.load(tmp_path / "text.gguf")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, reference: Any) -> Path:
+    """The same tokenizer as a Hugging Face folder has it."""
+    folder = tmp_path_factory.mktemp("folder")
+    reference.save_pretrained(folder)
+    fields = {"model_type": "llama", "vocab_size": 49_152, "eos_token_id": [0, 2]}
+    fields["max_position_embeddings"] = 8192
+    (folder / "config.json").write_text(json.dumps(fields))
+    return folder
+
+
+def test_a_folder_yields_the_same_tokenizer_as_a_gguf_file(ours: Tokenizer, folder: Path) -> None:
+    theirs = tokenizer.load(folder)
+    assert theirs.token_bytes == ours.token_bytes
+    assert theirs.context_tokens == ours.context_tokens
+    assert theirs.stop_tokens == {0, 2}
+    for text in TEXTS:
+        assert asyncio.run(theirs.encode(text)) == asyncio.run(ours.encode(text))
+    for messages in CHATS:
+        assert asyncio.run(theirs.encode_chat(messages)) == asyncio.run(ours.encode_chat(messages))
+
+
+def test_generation_config_knows_all_end_of_sequence_tokens(folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert tokenizer.load(copy).stop_tokens == {5}
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_folder_that_lacks_a_file_or_has_a_broken_one_is_a_typed_error(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    (copy / name).write_text("{")
+    with pytest.raises(ModelFileError, match=re.escape(str(copy))):
+        tokenizer.load(copy)
+    (copy / name).unlink()
+    with pytest.raises(ModelFileError, match=re.escape(name)):
+        tokenizer.load(copy)
+
+
+@pytest.mark.parametrize("missing", ["max_position_embeddings", "vocab_size", "eos_token_id"])
+def test_a_missing_field_of_a_folder_is_named(folder: Path, tmp_path: Path, missing: str) -> None:
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    fields = json.loads((copy / "config.json").read_text())
+    del fields[missing]
+    (copy / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ModelFileError, match=missing):
+        tokenizer.load(copy)
+
+
+SPECIALS = ["<unk>", "<s>", "</s>"]
+MERGES = [("t", "h"), ("th", "e"), ("\u2581", "the"), ("a", "n"), ("\u2581", "an")]
+PIECES = [
+    *SPECIALS,
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    *"\u2581abcdefghijklmnopqrstuvwxyz.,",
+    *(left + right for left, right in MERGES),
+]
+"""A vocabulary as Mistral's: spaces spelled U+2581, bytes where a character is not in it."""
+
+
+def save_sentencepiece(folder: Path) -> None:
+    vocabulary = {piece: index for index, piece in enumerate(PIECES)}
+    model = tokenizers.Tokenizer(
+        models.BPE(vocabulary, MERGES, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
+    model.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    model.decoder = decoders.Sequence(
+        [
+            decoders.Replace("\u2581", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    model.add_special_tokens(SPECIALS)
+    PreTrainedTokenizerFast(
+        tokenizer_object=model, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    fields = {"max_position_embeddings": 1024, "vocab_size": len(PIECES) + 5, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(fields))
+
+
+def test_a_vocabulary_of_sentencepiece_decodes_as_transformers_does(tmp_path: Path) -> None:
+    save_sentencepiece(tmp_path)
+    ours = tokenizer.load(tmp_path)
+    reference = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    for text in ["the answer, an apple", "naïve 日本 😀 the", "a  b"]:
+        token_ids = asyncio.run(ours.encode(text))
+        assert token_ids == reference(text).input_ids
+        assert ours.decode(token_ids) == " " + reference.decode(token_ids, skip_special_tokens=True)
+        assert ours.decode(token_ids) == " " + text
+    # A space at the start of an answer is part of it.
+    assert ours.decode(asyncio.run(ours.encode("the"))) == " the"
+    assert ours.decode([2]) == ""
+    # A model may have more tokens than its tokenizer knows.
+    assert ours.decode([len(PIECES) + 4]) == ""
+
+
+def test_a_gguf_file_may_have_a_vocabulary_of_sentencepiece(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(1024)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(PIECES)
+    writer.add_token_scores([-float(index) for index in range(len(PIECES))])
+    kinds = gguf.TokenType
+    types = [kinds.CONTROL] * len(SPECIALS) + [kinds.BYTE] * 256
+    writer.add_token_types(types + [kinds.NORMAL] * (len(PIECES) - len(types)))
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    ours = tokenizer.load(path)
+    token_ids = asyncio.run(ours.encode("the answer, naïve 😀 an"))
+    assert PIECES.index("\u2581the") in token_ids
+    assert ours.decode(token_ids) == " the answer, naïve 😀 an"
+    assert ours.decode([2]) == ""
+    assert ours.stop_tokens == {2}

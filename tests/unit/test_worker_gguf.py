@@ -14,14 +14,24 @@ from support.stack import MODEL_PATH
 
 from omniserve.errors import ModelFileError
 from omniserve.gpuworker.model.gguf_file import GgufModel
-from omniserve.gpuworker.model.llama import load_llama
+from omniserve.gpuworker.model.weights import load_weights
 
 HIDDEN = 8
 VOCABULARY = 16
 
 
-def write(path: Path, architecture: str = "llama", *, without: str = "", **changed: int) -> Path:
-    """Writes a model of one layer, less one metadata field or tensor, or with fields changed."""
+def write(
+    path: Path,
+    architecture: str = "llama",
+    *,
+    without: str = "",
+    extra: str = "",
+    rope_scaling: str = "",
+    end_of_turn: int = 0,
+    **changed: int,
+) -> Path:
+    """Writes a model of one layer, less one metadata field or tensor, with fields changed, or
+    with an `extra` tensor."""
     writer = gguf.GGUFWriter(path, architecture)
     fields = {
         "block_count": 1,
@@ -38,6 +48,10 @@ def write(path: Path, architecture: str = "llama", *, without: str = "", **chang
     writer.add_float32(f"{architecture}.rope.freq_base", 10000.0)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     writer.add_uint32("tokenizer.ggml.eos_token_id", 2)
+    if end_of_turn:
+        writer.add_uint32("tokenizer.ggml.eot_token_id", end_of_turn)
+    if rope_scaling:
+        writer.add_string(f"{architecture}.rope.scaling.type", rope_scaling)
     shapes = {
         "token_embd": (VOCABULARY, HIDDEN),
         "output_norm": (HIDDEN,),
@@ -54,6 +68,8 @@ def write(path: Path, architecture: str = "llama", *, without: str = "", **chang
     for name, shape in shapes.items():
         if name != without:
             writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+    if extra:
+        writer.add_tensor(extra, np.ones(HIDDEN, np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -67,7 +83,7 @@ def named(path: Path) -> str:
 
 def test_a_whole_model_loads(tmp_path: Path) -> None:
     model = GgufModel(write(tmp_path / "m.gguf"))
-    weights = load_llama(model, torch.float32)
+    weights = load_weights(model, torch.float32)
     assert (model.config.layers, model.config.hidden, model.config.kv_heads) == (1, HIDDEN, 1)
     assert weights.embedding.shape == (VOCABULARY, HIDDEN)
     assert weights.head is weights.embedding  # no output.weight: tied
@@ -117,7 +133,7 @@ def test_a_corrupt_file_never_ends_in_an_untyped_error(tmp_path: Path) -> None:
         content[draw.integers(4, 1400, 3)] = draw.integers(0, 256, 3)
         path.write_bytes(content.tobytes())
         with contextlib.suppress(ModelFileError):
-            load_llama(GgufModel(path), torch.float32)
+            load_weights(GgufModel(path), torch.float32)
             loaded += 1
     assert loaded < 150
 
@@ -137,10 +153,40 @@ def test_a_missing_metadata_field_is_named(tmp_path: Path) -> None:
 def test_a_missing_tensor_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", without="blk.0.ffn_up")
     with pytest.raises(ModelFileError, match=named(path) + r".*blk\.0\.ffn_up\.weight"):
-        load_llama(GgufModel(path), torch.float32)
+        load_weights(GgufModel(path), torch.float32)
 
 
 def test_a_tensor_of_another_shape_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "m.gguf", feed_forward_length=HIDDEN + 1)
     with pytest.raises(ModelFileError, match=named(path) + r".*blk\.0\.ffn_gate\.weight"):
-        load_llama(GgufModel(path), torch.float32)
+        load_weights(GgufModel(path), torch.float32)
+
+
+def test_a_tensor_that_nothing_would_compute_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", extra="blk.0.attn_output.bias")
+    with pytest.raises(ModelFileError, match=named(path) + r".*blk\.0\.attn_output\.bias"):
+        load_weights(GgufModel(path), torch.float32)
+
+
+def test_an_unsupported_kind_of_rope_scaling_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", rope_scaling="yarn")
+    with pytest.raises(ModelFileError, match=named(path) + "RoPE scaling 'yarn'"):
+        GgufModel(path)
+
+
+@pytest.mark.parametrize("field", ["attention.value_length", "rope.dimension_count"])
+def test_heads_of_several_sizes_are_refused(tmp_path: Path, field: str) -> None:
+    path = write(tmp_path / "m.gguf", **{field: 2})
+    with pytest.raises(ModelFileError, match=named(path) + rf".*llama\.{field}"):
+        GgufModel(path)
+
+
+def test_kv_heads_that_do_not_divide_the_heads_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", **{"attention.head_count_kv": 3})
+    with pytest.raises(ModelFileError, match=named(path) + "3 KV heads"):
+        GgufModel(path)
+
+
+def test_an_end_of_turn_token_ends_a_sequence_too(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", end_of_turn=7)
+    assert GgufModel(path).config.eos_token_ids == (2, 7)

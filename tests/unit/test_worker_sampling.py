@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.engine_states import request
+from support.sampling_reference import next_token
 
 from omniserve.gpuworker.requests import Place, Request
-from omniserve.gpuworker.sampling import sample, uniform
+from omniserve.gpuworker.sampling import logprobs, sample, uniform
+from omniserve.gpuworker.sampling_params import SamplingParams
 
 VOCABULARY = 64
 SEED_MAX = 2**64 - 1
@@ -18,7 +20,8 @@ SEED_MAX = 2**64 - 1
 
 def sampled_request(seed: int = 0, known: int = 1, temperature: float = 1.0) -> Request:
     """A request whose next token is at position `known`."""
-    return request("r", Place.DEVICE, prompt=known, temperature=temperature, seed=seed)
+    params = SamplingParams(temperature=temperature, seed=seed)
+    return request("r", Place.DEVICE, prompt=known, sampling=params)
 
 
 def made_up_logits(rows: int, seed: int = 0) -> torch.Tensor:
@@ -109,3 +112,110 @@ def test_logits_far_apart_never_yield_a_token_outside_the_vocabulary() -> None:
         first, second = sample(logits, requests)
         assert first == 2
         assert second in (0, 1, 2)
+
+
+@st.composite
+def sampling_params(draw: st.DrawFn) -> SamplingParams:
+    return SamplingParams(
+        temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 3.0])),
+        seed=draw(st.integers(0, SEED_MAX)),
+        top_k=draw(st.sampled_from([0, 1, 2, 7, VOCABULARY - 1, VOCABULARY, 1000])),
+        top_p=draw(st.sampled_from([0.0, 1e-6, 0.3, 0.9, 0.999, 1.0])),
+        min_p=draw(st.sampled_from([0.0, 0.01, 0.3, 1.0])),
+        repetition_penalty=draw(st.sampled_from([0.0, 0.5, 1.0, 1.3])),
+        presence_penalty=draw(st.sampled_from([0.0, -1.0, 1.5])),
+        frequency_penalty=draw(st.sampled_from([0.0, -0.5, 2.0])),
+    )
+
+
+TOKEN_LISTS = st.lists(st.integers(0, VOCABULARY - 1), max_size=30)
+
+
+def request_with(prompt: list[int], output: list[int], params: SamplingParams) -> Request:
+    made = request(
+        f"r{params.seed}",
+        Place.DEVICE,
+        prompt=len(prompt),
+        generated=len(output),
+        max_tokens=len(output) + 1,
+        sampling=params,
+    )
+    made.tokens[: made.known] = [*prompt, *output]
+    return made
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    params=sampling_params(),
+    prompt=st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=30),
+    output=TOKEN_LISTS,
+    seed=st.integers(0, 2**31),
+)
+def test_a_token_is_the_one_that_the_textbook_draws(
+    params: SamplingParams, prompt: list[int], output: list[int], seed: int
+) -> None:
+    logits = made_up_logits(1, seed)
+    expected = next_token(logits[0], prompt, output, params)
+    before = logits.clone()
+    assert sample(logits, [request_with(prompt, output, params)]) == [expected]
+    assert torch.equal(logits, before)
+
+
+@settings(deadline=None)
+@given(batch=st.lists(st.tuples(sampling_params(), TOKEN_LISTS), min_size=1, max_size=6))
+def test_no_parameter_lets_the_batch_change_a_token(
+    batch: list[tuple[SamplingParams, list[int]]],
+) -> None:
+    logits = made_up_logits(len(batch), len(batch))
+    requests = [request_with([1], output, params) for params, output in batch]
+    together = sample(logits, requests)
+    alone = [sample(logits[i : i + 1], requests[i : i + 1])[0] for i in range(len(batch))]
+    backwards = sample(logits.flip(0), requests[::-1])[::-1]
+    assert together == alone == backwards
+
+
+def test_tokens_of_another_worker_count_as_output_of_the_same_request() -> None:
+    params = SamplingParams(presence_penalty=2.0, frequency_penalty=1.0)
+    whole = request_with([1, 2], [3, 4, 4], params)
+    moved = request_with([1, 2, 3, 4], [4], params)
+    moved.generated_before = 2
+    for seed in range(20):
+        logits = made_up_logits(1, seed)
+        assert sample(logits, [moved]) == sample(logits, [whole])
+    assert moved.output.tolist() == whole.output.tolist() == [3, 4, 4]
+
+
+def test_equal_tokens_stay_or_go_together() -> None:
+    logits = torch.tensor([[1.0, 0.0, 1.0, 1.0, -5.0]])
+    for params in (
+        SamplingParams(temperature=1.0, top_k=1),
+        SamplingParams(temperature=1.0, top_p=0.1),
+        SamplingParams(temperature=1.0, min_p=1.0),
+    ):
+        drawn = set()
+        for position in range(1, 200):
+            drawn.add(sample(logits, [request_with([0] * position, [], params)])[0])
+        assert drawn == {0, 2, 3}
+
+
+@settings(deadline=None)
+@given(top=st.integers(1, 20), seed=st.integers(0, 1000), token=st.integers(0, VOCABULARY - 1))
+def test_logprobs_are_those_of_the_model_best_first(top: int, seed: int, token: int) -> None:
+    logits = made_up_logits(2, seed)
+    params = SamplingParams(temperature=0.5, top_k=3, presence_penalty=1.0, logprobs=top)
+    wants, plain = request_with([1], [2], params), request_with([1], [2], SamplingParams(seed=1))
+    found = logprobs(logits, [plain, wants], [0, token])
+    assert set(found) == {wants.request_id}
+    expected = torch.log_softmax(logits[1].double(), dim=-1)
+    best = expected.topk(top)
+    entry = found[wants.request_id]
+    assert entry.logprob == pytest.approx(float(expected[token]), abs=1e-12)
+    assert [t for t, _ in entry.top] == best.indices.tolist()
+    np.testing.assert_allclose([p for _, p in entry.top], best.values.numpy(), atol=1e-12)
+
+
+def test_of_equally_probable_tokens_the_lower_id_is_reported_first() -> None:
+    logits = torch.tensor([[0.0, 2.0, 0.0, 2.0, 0.0]])
+    wants = request_with([1], [], SamplingParams(logprobs=4))
+    entry = logprobs(logits, [wants], [1])[wants.request_id]
+    assert [token for token, _ in entry.top] == [1, 3, 0, 2]

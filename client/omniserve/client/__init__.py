@@ -36,6 +36,8 @@ from omniserve.client._types import (
     SamplingParams,
     ServiceClass,
     Slo,
+    TokenLogprob,
+    TokenLogprobs,
     Usage,
 )
 from omniserve.errors import OmniServeError
@@ -64,6 +66,8 @@ __all__ = [
     "Slo",
     "Status",
     "Telemetry",
+    "TokenLogprob",
+    "TokenLogprobs",
     "TokensByPath",
     "UnreachableError",
     "Usage",

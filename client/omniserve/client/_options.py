@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import click
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
 from omniserve.errors import SettingsError
@@ -23,10 +24,11 @@ def options_of(*kinds: type[BaseSettings]) -> Callable[[Command], Command]:
         for name, (kind, info) in reversed(fields.items()):
             variable = f"{kind.model_config['env_prefix']}{name}".upper()
             default = getattr(info.default, "value", info.default)  # of an enum
-            shown = default if default != "" else "none"
+            shown = default if default not in ("", ()) else "none"
             command = click.option(
                 f"--{name.replace('_', '-')}",
                 name,
+                multiple=_is_list(info),
                 help=f"{info.description}  [env: {variable}; default: {shown}]",
             )(command)
         return command
@@ -34,12 +36,18 @@ def options_of(*kinds: type[BaseSettings]) -> Callable[[Command], Command]:
     return decorate
 
 
+def _is_list(field: FieldInfo) -> bool:
+    """Its option may be given several times."""
+    return get_origin(field.annotation) is tuple
+
+
 def read(kind: type[S], flags: dict[str, Any]) -> S:
     """Builds settings from the given flags, then the environment, then defaults.
 
     Raises SettingsError that names the field.
     """
-    given = {k: v for k, v in flags.items() if v is not None and k in kind.model_fields}
+    absent = (None, ())
+    given = {k: v for k, v in flags.items() if v not in absent and k in kind.model_fields}
     try:
         return kind(**given)
     except ValidationError as error:

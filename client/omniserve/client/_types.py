@@ -20,7 +20,7 @@ class FinishReason(StrEnum):
     """Why a request ended."""
 
     STOP = "stop"
-    """An end-of-sequence token was sampled."""
+    """An end-of-sequence token was sampled, or the text reached a stop string."""
     LENGTH = "length"
     """`max_tokens` was reached."""
     CANCELLED = "cancelled"
@@ -52,6 +52,22 @@ class SamplingParams:
     """Key of the counter-based sampler: equal seeds give equal draws."""
     ignore_eos: bool = False
     """Go on past end-of-sequence tokens up to `max_tokens`."""
+    top_k: int = 0
+    """Draw from the so many most probable tokens only; 0 is all."""
+    top_p: float = 0.0
+    """Draw from the most probable tokens that have this much probability together; 0 is all."""
+    min_p: float = 0.0
+    """Draw from tokens with at least this part of the most probable one's probability."""
+    repetition_penalty: float = 0.0
+    """Makes tokens of prompt and output less probable if over 1; 0 is off."""
+    presence_penalty: float = 0.0
+    """Makes tokens of the output less probable; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """The same for every time that they are there; in [-2, 2]."""
+    stop: str | Sequence[str] = ()
+    """The answer ends before the first of these strings."""
+    logprobs: int = 0
+    """Report log probabilities of each token and of so many most probable ones; at most 20."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +91,26 @@ class Message:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """A token that might have come, and how probable it was."""
+
+    token_id: int
+    """The token."""
+    logprob: float
+    """Natural logarithm of its probability."""
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How probable a generated token was, before penalties and temperature."""
+
+    logprob: float
+    """Natural logarithm of its probability."""
+    top: tuple[TokenLogprob, ...]
+    """The most probable tokens at its place, best first."""
+
+
+@dataclass(frozen=True)
 class Chunk:
     """Tokens that arrived together."""
 
@@ -84,6 +120,8 @@ class Chunk:
     """At least one id."""
     text: str
     """What they add to the text; empty inside a character of several tokens."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token if asked for, else none."""
 
 
 @dataclass(frozen=True)
@@ -168,3 +206,5 @@ class JobResult:
     """What it used."""
     error: str
     """Why it failed; empty otherwise."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One per token if asked for, else none."""

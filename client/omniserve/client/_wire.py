@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from typing import TypeVar
 
@@ -20,6 +20,8 @@ from omniserve.client._types import (
     SamplingParams,
     ServiceClass,
     Slo,
+    TokenLogprob,
+    TokenLogprobs,
     Usage,
 )
 from omniserve.errors import InvalidArgumentError
@@ -48,6 +50,14 @@ def sampling(value: SamplingParams) -> types_pb2.SamplingParams:
             temperature=value.temperature,
             seed=value.seed,
             ignore_eos=value.ignore_eos,
+            top_k=value.top_k,
+            top_p=value.top_p,
+            min_p=value.min_p,
+            repetition_penalty=value.repetition_penalty,
+            presence_penalty=value.presence_penalty,
+            frequency_penalty=value.frequency_penalty,
+            stop=[value.stop] if isinstance(value.stop, str) else value.stop,
+            logprobs=value.logprobs,
         )
     except (ValueError, TypeError) as error:
         raise InvalidArgumentError(f"sampling: {error}", field="sampling") from error
@@ -87,7 +97,14 @@ def job_item(item: JobItem) -> jobs_pb2.JobItem:
 
 
 def chunk(message: inference_pb2.Chunk) -> Chunk:
-    return Chunk(message.offset, tuple(message.token_ids), message.text)
+    return Chunk(message.offset, tuple(message.token_ids), message.text, logprobs(message.logprobs))
+
+
+def logprobs(messages: Iterable[types_pb2.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(m.logprob, tuple(TokenLogprob(t.token_id, t.logprob) for t in m.top))
+        for m in messages
+    )
 
 
 def usage(message: types_pb2.Usage) -> Usage:
@@ -120,6 +137,7 @@ def job_result(message: jobs_pb2.JobResult) -> JobResult:
         token_ids=tuple(message.token_ids),
         usage=usage(message.usage),
         error=message.error,
+        logprobs=logprobs(message.logprobs),
     )
 
 

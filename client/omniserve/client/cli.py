@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,6 +38,26 @@ class GenerateSettings(ConnectSettings):
     max_tokens: int = Field(default=128, ge=1, description="Tokens to generate.")
     temperature: float = Field(default=0.0, ge=0, description="0 is greedy.")
     seed: int = Field(default=0, ge=0, description="Of sampling.")
+    top_k: int = Field(default=0, ge=0, description="Draw from so many tokens only; 0 is all.")
+    top_p: float = Field(
+        default=0.0, ge=0, le=1, description="Draw from tokens of this probability; 0 is all."
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="Least probability, as a part of the best token's."
+    )
+    repetition_penalty: float = Field(
+        default=0.0, ge=0, description="Over 1: tokens of prompt and answer come less; 0 is off."
+    )
+    presence_penalty: float = Field(default=0.0, description="Over 0: the answer's come less.")
+    frequency_penalty: float = Field(
+        default=0.0, description="Over 0: they come the less the more often they came."
+    )
+    stop: tuple[str, ...] = Field(
+        default=(), description="String to end before; may be given several times."
+    )
+    logprobs: int = Field(
+        default=0, ge=0, description="With --json: log probabilities of so many tokens each."
+    )
     service_class: ServiceClass = Field(
         default=ServiceClass.LATENCY_SENSITIVE, description="latency_sensitive or best_effort."
     )
@@ -107,25 +128,29 @@ def generate(prompt: str, raw: bool, as_json: bool, **flags: Any) -> None:
             messages=None if raw else [Message("user", prompt)],
             model=s.model,
             service_class=s.service_class,
-            sampling=SamplingParams(s.max_tokens, s.temperature, s.seed),
+            sampling=SamplingParams(
+                **{f.name: getattr(s, f.name) for f in fields(SamplingParams) if hasattr(s, f.name)}
+            ),
             timeout_s=s.timeout_s,
         )
         with running:
-            parts = []
+            chunks = []
             for chunk in running:
-                parts.append(chunk.text)
+                chunks.append(chunk)
                 if not as_json:
                     click.echo(chunk.text, nl=False)
     if not as_json:
         click.echo()
         return
     reason, usage = running.finish_reason, running.usage
-    answer = {
+    answer: dict[str, Any] = {
         "request_id": running.request_id,
-        "text": "".join(parts),
+        "text": "".join(chunk.text for chunk in chunks),
         "finish_reason": reason.value if reason else None,
         "usage": vars(usage) if usage else None,
     }
+    if s.logprobs:
+        answer["logprobs"] = [asdict(one) for chunk in chunks for one in chunk.logprobs]
     click.echo(json.dumps(answer))
 
 

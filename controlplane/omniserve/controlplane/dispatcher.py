@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 
+from omniserve.controlplane.answer import AnswerText
+from omniserve.controlplane.detokenizer import Piece
 from omniserve.controlplane.inference import be_cost
 from omniserve.controlplane.job_store import Entry, JobStore
 from omniserve.controlplane.router import Router
@@ -139,16 +141,22 @@ class Dispatcher:
             stop_tokens=self._tokenizer.stop_tokens,
         )
         run.stream = stream
-        token_ids: list[int] = []
+        answer = AnswerText(self._tokenizer.detokenizer(), run.entry.request.sampling.stop)
+        pieces: list[Piece] = []
+        logprobs: list[types_pb2.TokenLogprobs] = []
         reason = types_pb2.FINISH_REASON_UNSPECIFIED
         cached_tokens = 0
         worker.be_in_flight += 1
         try:
             async with aclosing(stream.events()) as events:
                 async for event in events:
-                    token_ids += event.token_ids
+                    pieces.append(answer.push(event.token_ids))
+                    logprobs += event.logprobs
                     reason = event.finish_reason
                     cached_tokens = event.cached_tokens
+                    if answer.stopped and not reason:
+                        await stream.cancel()  # only we know that it is complete
+                        break
         finally:
             worker.be_in_flight -= 1
         if reason == types_pb2.FINISH_REASON_ERROR:
@@ -157,16 +165,19 @@ class Dispatcher:
             # Nobody cancels a job's item but us: the worker let it go, so it runs again.
             raise NoWorkerError("the worker dropped it")
         prompt_tokens = len(run.entry.request.prompt_token_ids)
+        pieces.append(answer.flush())
+        token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
         return jobs_pb2.JobResult(
             custom_id=run.entry.custom_id,
-            reason=reason,
-            text=self._tokenizer.decode(token_ids),
+            reason=types_pb2.FINISH_REASON_STOP if answer.stopped else reason,
+            text="".join(piece.text for piece in pieces),
             token_ids=token_ids,
             usage=types_pb2.Usage(
                 prompt_tokens=prompt_tokens,
                 completion_tokens=len(token_ids),
                 cached_tokens=min(cached_tokens, prompt_tokens),
             ),
+            logprobs=logprobs[: len(token_ids)],
         )
 
     def _failed(self, entry: Entry, error: str) -> jobs_pb2.JobResult:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omniserve.controlplane import prompts
 from omniserve.controlplane.admission import admit, predict_ttft_ms
+from omniserve.controlplane.answer import AnswerText
 from omniserve.controlplane.limits_loop import LimitsView
 from omniserve.controlplane.placements import Placement, Placements
 from omniserve.controlplane.response_writer import ResponseWriter
@@ -180,15 +181,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         try:
             writer = ResponseWriter(
                 context,
-                self.validator.tokenizer.detokenizer(),
+                AnswerText(self.validator.tokenizer.detokenizer(), work.sampling.stop),
                 work.request_id,
                 len(work.prompt_token_ids),
                 stream.offset,
             )
+            reason = types_pb2.FINISH_REASON_UNSPECIFIED
             async with aclosing(stream.events()) as events:
                 async for tokens in events:
                     on_tokens(tokens)
                     await writer.write(tokens)
+                    reason = tokens.finish_reason
+                    if writer.stopped and not reason:
+                        await stream.cancel()  # only we know that it is complete
+                        break
+            await writer.finish(reason)
         finally:
             if self._running.get(work.request_id) is stream:
                 del self._running[work.request_id]

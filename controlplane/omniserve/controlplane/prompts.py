@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import Protocol
 
 from omniserve.controlplane.tokenizer import Tokenizer
 from omniserve.errors import ContextLengthExceededError, InvalidArgumentError, ModelNotFoundError
+from omniserve.sampling import check_sampling
 from omniserve.v1 import types_pb2
 
 REQUEST_ID_CHARS = 128
 ROLES = ("system", "user", "assistant")
-TEMPERATURE_MAX = 100.0
 SLO_MS_MAX = 3_600_000.0
 _ID = re.compile(r"[A-Za-z0-9._:-]+")
 
@@ -55,12 +54,8 @@ def check_slo(slo: types_pb2.Slo) -> None:
 def resolve_sampling(
     sampling: types_pb2.SamplingParams, default_max_tokens: int, context_tokens: int, prefix: str
 ) -> types_pb2.SamplingParams:
-    """Returns `sampling` with its default filled in."""
-    if not math.isfinite(sampling.temperature) or not 0 <= sampling.temperature <= TEMPERATURE_MAX:
-        raise InvalidArgumentError(
-            f"must be 0 (greedy) or in (0, {TEMPERATURE_MAX:.0f}]",
-            field=f"{prefix}sampling.temperature",
-        )
+    """Returns `sampling`, checked, with its default filled in."""
+    check_sampling(sampling, prefix)
     resolved = types_pb2.SamplingParams()
     resolved.CopyFrom(sampling)
     resolved.max_tokens = sampling.max_tokens or default_max_tokens

@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     model: str = "SmolLM2-135M-Instruct"
     """Name under which the model is served; workers must report the same."""
     model_path: str = "model.gguf"
-    """GGUF file with the tokenizer, chat template and context length."""
+    """GGUF file or Hugging Face folder with the tokenizer, chat template and context length."""
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     """Least severe events to log, on stderr."""
 

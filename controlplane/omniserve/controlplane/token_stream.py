@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -38,6 +38,8 @@ class Tokens:
     finish_reason: types_pb2.FinishReason = types_pb2.FINISH_REASON_UNSPECIFIED
     cached_tokens: int = 0
     """In the last: prompt tokens that the prefix cache of the worker had."""
+    logprobs: Sequence[types_pb2.TokenLogprobs] = ()
+    """One per token if asked for, else none."""
 
 
 class WorkerLostError(Exception):
@@ -133,7 +135,12 @@ class TokenStream:
                     raise WorkerLostError(f"it skipped {-repeated} tokens")
                 fresh = list(response.token_ids)[repeated:]
                 self._seen += fresh
-                yield Tokens(fresh, response.finish_reason, response.cached_tokens)
+                yield Tokens(
+                    fresh,
+                    response.finish_reason,
+                    response.cached_tokens,
+                    response.logprobs[repeated:],
+                )
         except grpc.aio.AioRpcError as error:
             typed = from_rpc_error(error)
             if isinstance(typed, DrainingError | NoWorkerError):
@@ -174,6 +181,7 @@ class TokenStream:
         attempt.CopyFrom(self._request)
         if not self._first_offset:
             attempt.prompt_token_ids.extend(self._seen[: self._base])
+            attempt.generated_tokens = self._base
         attempt.sampling.max_tokens -= self._base
         attempt.resume_offset = self.offset - self._base
         return attempt

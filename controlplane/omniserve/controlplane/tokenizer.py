@@ -1,41 +1,38 @@
-"""The model's tokenizer and chat template, read from its GGUF file. Never imports torch."""
+"""The model's tokenizer and chat template. Never imports torch."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gguf import GGUFReader
-from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
-from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from omniserve.controlplane.detokenizer import Detokenizer
-from omniserve.errors import ModelFileError
+from omniserve.controlplane.tokenizer_files import read_folder, read_gguf
 
 # Text longer than this is tokenised in a thread (the library releases the interpreter lock);
 # shorter text takes less time than a thread switch is worth.
 INLINE_CHARS = 4096
 
-# transformers' names of the parts of a GGUF tokenizer -> their keys in the file.
-_PARTS = {
-    "tokenizer_type": "tokenizer.ggml.model",
-    "pre_tokenizer_type": "tokenizer.ggml.pre",
-    "tokens": "tokenizer.ggml.tokens",
-    "token_type": "tokenizer.ggml.token_type",
-    "merges": "tokenizer.ggml.merges",
-}
+_SENTENCEPIECE_SPACE = "\u2581"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back, equal to `transformers.AutoTokenizer` on the same file."""
+    """Text to token ids and back, equal to `transformers.AutoTokenizer` on the same file.
+
+    But a space that a vocabulary of SentencePiece puts before a text's first word stays in what is
+    decoded: an answer goes on from its prompt.
+    """
 
     context_tokens: int
     token_bytes: list[bytes]
@@ -81,52 +78,46 @@ class Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """Reads the tokenizer of GGUF file `path`. Raises ModelFileError."""
-    metadata = _read_metadata(path)
-    try:
-        architecture = metadata["general.architecture"]
-        parts = {name: metadata[key] for name, key in _PARTS.items()}
-        context_tokens = int(metadata[f"{architecture}.context_length"])
-        stop_tokens = frozenset({int(metadata["tokenizer.ggml.eos_token_id"])})
-    except KeyError as error:
-        raise ModelFileError(f"{path}: no {error.args[0]} in its metadata") from error
-    if parts["tokenizer_type"] != "gpt2":
-        raise ModelFileError(
-            f"{path}: tokenizer {parts['tokenizer_type']!r} is not known, only byte-level BPE is"
-        )
-    backend_tokenizer, _ = convert_gguf_tokenizer(architecture, parts)
-    backend = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=backend_tokenizer, chat_template=metadata.get("tokenizer.chat_template")
-    )
-    return Tokenizer(context_tokens, _token_bytes(backend_tokenizer), stop_tokens, backend)
-
-
-def _read_metadata(path: Path) -> dict[str, Any]:
-    try:
-        # Also lays out every tensor, which fails if the file ends before its last one.
-        fields = GGUFReader(path).fields
-        return {name: field.contents() for name, field in fields.items()}
-    except OSError as error:
-        raise ModelFileError(f"{path}: {error.strerror or error}") from error
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError) as error:
-        # The reader has no error of its own: a short or garbled file breaks it anywhere.
-        raise ModelFileError(f"{path}: not a whole GGUF file ({error})") from error
+    """Reads the tokenizer of a GGUF file or a Hugging Face folder. Raises ModelFileError."""
+    parts = read_folder(path) if path.is_dir() else read_gguf(path)
+    token_bytes = _token_bytes(parts.backend.backend_tokenizer)
+    token_bytes += [b""] * (parts.vocabulary_tokens - len(token_bytes))
+    return Tokenizer(parts.context_tokens, token_bytes, parts.stop_tokens, parts.backend)
 
 
 def _token_bytes(tokenizer: Any) -> list[bytes]:
-    spelling = bytes_to_unicode()  # type: ignore[no-untyped-call]
-    byte_of = {char: byte for byte, char in spelling.items()}
+    """Bytes of every token: of a byte-level vocabulary, or of SentencePiece's with byte tokens."""
+    byte_level = "ByteLevel" in json.dumps(json.loads(tokenizer.to_str())["decoder"])
+    bytes_of = _byte_level_speller() if byte_level else _sentencepiece_bytes
     added = tokenizer.get_added_tokens_decoder()
     table = []
     for token_id in range(tokenizer.get_vocab_size()):
         token = tokenizer.id_to_token(token_id)
         if token is None or (token_id in added and added[token_id].special):
             table.append(b"")
-        elif all(char in byte_of for char in token):
-            table.append(bytes(byte_of[char] for char in token))
-        else:
+        elif token_id in added:
             table.append(token.encode())
+        else:
+            table.append(bytes_of(token))
     return table
+
+
+def _byte_level_speller() -> Callable[[str], bytes]:
+    spelling = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    byte_of = {char: byte for byte, char in spelling.items()}
+
+    def bytes_of(token: str) -> bytes:
+        if all(char in byte_of for char in token):
+            return bytes(byte_of[char] for char in token)
+        return token.encode()
+
+    return bytes_of
+
+
+def _sentencepiece_bytes(token: str) -> bytes:
+    if byte := _BYTE_TOKEN.fullmatch(token):
+        return bytes([int(byte[1], 16)])
+    return token.replace(_SENTENCEPIECE_SPACE, " ").encode()
 
 
 async def _off_loop(function: Callable[[Any], _T], argument: Any, *, chars: int) -> _T:

@@ -110,6 +110,7 @@ class Worker:
             worker_id=self._settings.worker_id,
             epoch=self._epoch,
             geometry=ready.result().geometry,
+            layers=ready.result().layers,
             bell_path=self._bell_path,
         )
         addresses = self._settings.attention_server_addresses

@@ -23,7 +23,7 @@ from omniserve.gpuworker.lifecycle import Lifecycle, Path
 from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import Rows
 from omniserve.gpuworker.requests import Request
-from omniserve.gpuworker.sampling import sample
+from omniserve.gpuworker.sampling import logprobs, sample
 from omniserve.gpuworker.scheduler import Plan
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.stages import StageRunner
@@ -126,6 +126,7 @@ class Engine:
         requests: list[Request] = [*fixed, *(r for r in parked if r is not None)]
         assert len(requests) == logits.shape[0], "a boarded row without a request"
         tokens = sample(logits, requests)
+        self._outbox.logprobs = logprobs(logits, requests, tokens)
         now = self._clock_ns()
         for request, token in zip(fixed, tokens, strict=False):
             path = Path.LS if request.latency_sensitive else Path.DEVICE_RESIDENT

@@ -17,8 +17,7 @@ from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.engine import Engine
 from omniserve.gpuworker.latency_model import LatencyModel
-from omniserve.gpuworker.model.gguf_file import GgufModel
-from omniserve.gpuworker.model.llama import load_llama
+from omniserve.gpuworker.model.weights import load_weights, open_model
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import attention_pb2, engine_pb2
 
@@ -44,10 +43,10 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
 
 
 def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engine:
-    model = GgufModel(settings.model_path)
+    model = open_model(settings.model_path)
     config = model.config
     pages = settings.device_kv_tokens // settings.page_tokens
-    weights = load_llama(model, getattr(torch, settings.dtype))
+    weights = load_weights(model, getattr(torch, settings.dtype))
     device = CpuDevice(config, weights, pages, settings.page_tokens, settings.threads)
     profile = profiler.measure(device, settings.model, settings.page_tokens, pages)
     latency = LatencyModel(profile, config.layers)
@@ -71,6 +70,7 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engi
             max_sequence_tokens=config.context_tokens,
             slots=settings.be_sequences_max + settings.transfer_slots,
         ),
+        layers=[attention_pb2.LayerOptions(window=window) for window in config.windows_tokens],
     )
     channel.send(engine_pb2.EngineEvent(ready=ready))
     return engine

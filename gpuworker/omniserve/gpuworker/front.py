@@ -24,6 +24,7 @@ from omniserve.gpuworker.request_log import RequestLog
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import engine_pb2, worker_pb2, worker_pb2_grpc
 from omniserve.rpc import abort_aio
+from omniserve.sampling import check_sampling
 from omniserve.v1 import status_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
@@ -60,9 +61,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         kind = event.WhichOneof("event")
         if kind == "sampled":
             sampled = event.sampled
-            for request_id, token in zip(sampled.request_ids, sampled.token_ids, strict=True):
+            for index, request_id in enumerate(sampled.request_ids):
                 if log := self._logs.get(request_id):
-                    log.append(token)
+                    log.append(sampled.token_ids[index], sampled.logprobs.get(index))
         elif kind == "ended":
             if log := self._logs.get(event.ended.request_id):
                 log.cached_tokens = event.ended.cached_tokens
@@ -102,7 +103,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
                 await log.wait_beyond(offset)
                 tokens = log.tokens[offset:]
                 if tokens:
-                    yield worker_pb2.WorkerServiceGenerateResponse(offset=offset, token_ids=tokens)
+                    yield worker_pb2.WorkerServiceGenerateResponse(
+                        offset=offset, token_ids=tokens, logprobs=log.logprobs[offset:]
+                    )
                     offset += len(tokens)
                 if log.ended and offset >= len(log.tokens):
                     break
@@ -220,8 +223,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             )
         if sampling.max_tokens < 1:
             raise InvalidArgumentError("max_tokens must be >= 1", field="sampling.max_tokens")
-        if not 0.0 <= sampling.temperature <= 100.0:
-            raise InvalidArgumentError("temperature must be 0 to 100", field="sampling.temperature")
+        check_sampling(sampling)
+        if request.generated_tokens >= prompt:
+            raise InvalidArgumentError(
+                "generated_tokens must be fewer than those of the prompt", field="generated_tokens"
+            )
         best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
         limit = ready.context_tokens if best_effort else ready.ls_tokens_max
         if prompt + sampling.max_tokens > limit:

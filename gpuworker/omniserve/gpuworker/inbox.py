@@ -8,6 +8,7 @@ from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.engine_state import Limits
 from omniserve.gpuworker.lifecycle import Lifecycle
 from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.sampling_params import SamplingParams
 from omniserve.internal.v1 import engine_pb2, worker_pb2
 from omniserve.v1 import status_pb2, types_pb2
 
@@ -64,11 +65,25 @@ def _request(submit: worker_pb2.WorkerServiceGenerateRequest, arrival_ns: int) -
         known=len(prompt),
         arrival_ns=arrival_ns,
         tenant=submit.tenant,
-        temperature=submit.sampling.temperature,
-        seed=submit.sampling.seed,
+        sampling=_sampling(submit.sampling),
+        generated_before=submit.generated_tokens,
         ignore_eos=submit.sampling.ignore_eos,
         ttft_slo_ns=int(submit.slo.ttft_ms * 1e6),
         tpot_slo_ns=int(submit.slo.tpot_ms * 1e6),
+    )
+
+
+def _sampling(wire: types_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        temperature=wire.temperature,
+        seed=wire.seed,
+        top_k=wire.top_k,
+        top_p=wire.top_p,
+        min_p=wire.min_p,
+        repetition_penalty=wire.repetition_penalty,
+        presence_penalty=wire.presence_penalty,
+        frequency_penalty=wire.frequency_penalty,
+        logprobs=wire.logprobs,
     )
 
 

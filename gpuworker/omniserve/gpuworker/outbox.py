@@ -7,6 +7,7 @@ from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel
 from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.sampling import TokenLogprobs
 from omniserve.gpuworker.telemetry import Counters, snapshot
 from omniserve.internal.v1 import engine_pb2
 from omniserve.v1 import types_pb2
@@ -21,8 +22,14 @@ class Outbox:
         self._channel = channel
         self._sampled = engine_pb2.SampledTokens()
         self._next_telemetry_ns = 0
+        self.logprobs: dict[str, TokenLogprobs] = {}
+        """Of the tokens that come next, by request id, where asked for."""
 
     def token(self, request: Request, token: int) -> None:
+        if found := self.logprobs.get(request.request_id):
+            top = [types_pb2.TokenLogprob(token_id=i, logprob=value) for i, value in found.top]
+            entry = types_pb2.TokenLogprobs(logprob=found.logprob, top=top)
+            self._sampled.logprobs[len(self._sampled.token_ids)].CopyFrom(entry)
         self._sampled.request_ids.append(request.request_id)
         self._sampled.token_ids.append(token)
 

@@ -13,6 +13,8 @@ class RequestLog:
     def __init__(self, request_id: str) -> None:
         self.request_id = request_id
         self.tokens: list[int] = []
+        self.logprobs: list[types_pb2.TokenLogprobs] = []
+        """One per token if the request asked for them, else none."""
         self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
         self.error = ""
         self.cached_tokens = 0
@@ -23,8 +25,10 @@ class RequestLog:
     def ended(self) -> bool:
         return self.finish_reason != types_pb2.FINISH_REASON_UNSPECIFIED
 
-    def append(self, token: int) -> None:
+    def append(self, token: int, logprobs: types_pb2.TokenLogprobs | None) -> None:
         self.tokens.append(token)
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
         self._wake()
 
     def end(self, reason: types_pb2.FinishReason, error: str = "") -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from omniserve.gpuworker.kv.block_states import BlockStates
+from omniserve.gpuworker.sampling_params import GREEDY, SamplingParams
 
 
 class Place(enum.Enum):
@@ -37,8 +38,9 @@ class Request:
     prompt_tokens: int
     arrival_ns: int
     tenant: str = ""
-    temperature: float = 0.0
-    seed: int = 0
+    sampling: SamplingParams = GREEDY
+    generated_before: int = 0
+    """Tokens at the prompt's end that another worker generated."""
     ignore_eos: bool = False
     ttft_slo_ns: int = 0
     tpot_slo_ns: int = 0
@@ -91,6 +93,11 @@ class Request:
     @property
     def generated(self) -> int:
         return self.known - self.prompt_tokens
+
+    @property
+    def output(self) -> npt.NDArray[np.int64]:
+        """Generated tokens, here or by another worker."""
+        return self.tokens[self.prompt_tokens - self.generated_before : self.known]
 
     @property
     def limit(self) -> int:

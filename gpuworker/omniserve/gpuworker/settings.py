@@ -35,7 +35,9 @@ class WorkerSettings(BaseSettings):
     shm_dir: Path = Field(Path("/dev/shm"), description="Folder on tmpfs shared with the servers.")
 
     model: str = Field("SmolLM2-135M-Instruct", description="Name under which the model is served.")
-    model_path: Path = Field(Path("model.gguf"), description="GGUF file of a Llama model.")
+    model_path: Path = Field(
+        Path("model.gguf"), description="GGUF file, or Hugging Face folder with safetensors."
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of weights, activations and KV."
     )

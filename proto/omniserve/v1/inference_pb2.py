@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from omniserve.v1 import types_pb2 as omniserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1comniserve/v1/inference.proto\x12\x0comniserve.v1\x1a\x18omniserve/v1/types.proto\"\xc9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x12.omniserve.v1.ChatH\x00\x12+\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x16.omniserve.v1.TokenIdsH\x00\x12\x31\n\rservice_class\x18\x06 \x01(\x0e\x32\x1a.omniserve.v1.ServiceClass\x12.\n\x08sampling\x18\x07 \x01(\x0b\x32\x1c.omniserve.v1.SamplingParams\x12\x1e\n\x03slo\x18\x08 \x01(\x0b\x32\x11.omniserve.v1.Slo\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x15\n\rresume_offset\x18\n \x01(\rB\x08\n\x06prompt\"\x81\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.omniserve.v1.ChunkH\x00\x12*\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x16.omniserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"8\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\"Z\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.omniserve.v1.Usage\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.omniserve.v1.Model\"J\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t2\xf5\x01\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.omniserve.v1.GenerateRequest\x1a\x1e.omniserve.v1.GenerateResponse0\x01\x12\x43\n\x06\x43\x61ncel\x12\x1b.omniserve.v1.CancelRequest\x1a\x1c.omniserve.v1.CancelResponse\x12O\n\nListModels\x12\x1f.omniserve.v1.ListModelsRequest\x1a .omniserve.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1comniserve/v1/inference.proto\x12\x0comniserve.v1\x1a\x18omniserve/v1/types.proto\"\xc9\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x12.omniserve.v1.ChatH\x00\x12+\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x16.omniserve.v1.TokenIdsH\x00\x12\x31\n\rservice_class\x18\x06 \x01(\x0e\x32\x1a.omniserve.v1.ServiceClass\x12.\n\x08sampling\x18\x07 \x01(\x0b\x32\x1c.omniserve.v1.SamplingParams\x12\x1e\n\x03slo\x18\x08 \x01(\x0b\x32\x11.omniserve.v1.Slo\x12\x0e\n\x06tenant\x18\t \x01(\t\x12\x15\n\rresume_offset\x18\n \x01(\rB\x08\n\x06prompt\"\x81\x01\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.omniserve.v1.ChunkH\x00\x12*\n\x08\x66inished\x18\x03 \x01(\x0b\x32\x16.omniserve.v1.FinishedH\x00\x42\x07\n\x05\x65vent\"g\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x0c\n\x04text\x18\x03 \x01(\t\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.omniserve.v1.TokenLogprobs\"Z\n\x08\x46inished\x12*\n\x06reason\x18\x01 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\"\n\x05usage\x18\x02 \x01(\x0b\x32\x13.omniserve.v1.Usage\"#\n\rCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"#\n\x0e\x43\x61ncelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.omniserve.v1.Model\"J\n\x05Model\x12\n\n\x02id\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\t2\xf5\x01\n\x10InferenceService\x12K\n\x08Generate\x12\x1d.omniserve.v1.GenerateRequest\x1a\x1e.omniserve.v1.GenerateResponse0\x01\x12\x43\n\x06\x43\x61ncel\x12\x1b.omniserve.v1.CancelRequest\x1a\x1c.omniserve.v1.CancelResponse\x12O\n\nListModels\x12\x1f.omniserve.v1.ListModelsRequest\x1a .omniserve.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,19 +37,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATERESPONSE']._serialized_start=405
   _globals['_GENERATERESPONSE']._serialized_end=534
   _globals['_CHUNK']._serialized_start=536
-  _globals['_CHUNK']._serialized_end=592
-  _globals['_FINISHED']._serialized_start=594
-  _globals['_FINISHED']._serialized_end=684
-  _globals['_CANCELREQUEST']._serialized_start=686
-  _globals['_CANCELREQUEST']._serialized_end=721
-  _globals['_CANCELRESPONSE']._serialized_start=723
-  _globals['_CANCELRESPONSE']._serialized_end=758
-  _globals['_LISTMODELSREQUEST']._serialized_start=760
-  _globals['_LISTMODELSREQUEST']._serialized_end=779
-  _globals['_LISTMODELSRESPONSE']._serialized_start=781
-  _globals['_LISTMODELSRESPONSE']._serialized_end=838
-  _globals['_MODEL']._serialized_start=840
-  _globals['_MODEL']._serialized_end=914
-  _globals['_INFERENCESERVICE']._serialized_start=917
-  _globals['_INFERENCESERVICE']._serialized_end=1162
+  _globals['_CHUNK']._serialized_end=639
+  _globals['_FINISHED']._serialized_start=641
+  _globals['_FINISHED']._serialized_end=731
+  _globals['_CANCELREQUEST']._serialized_start=733
+  _globals['_CANCELREQUEST']._serialized_end=768
+  _globals['_CANCELRESPONSE']._serialized_start=770
+  _globals['_CANCELRESPONSE']._serialized_end=805
+  _globals['_LISTMODELSREQUEST']._serialized_start=807
+  _globals['_LISTMODELSREQUEST']._serialized_end=826
+  _globals['_LISTMODELSRESPONSE']._serialized_start=828
+  _globals['_LISTMODELSRESPONSE']._serialized_end=885
+  _globals['_MODEL']._serialized_start=887
+  _globals['_MODEL']._serialized_end=961
+  _globals['_INFERENCESERVICE']._serialized_start=964
+  _globals['_INFERENCESERVICE']._serialized_end=1209
 # @@protoc_insertion_point(module_scope)

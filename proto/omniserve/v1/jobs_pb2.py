@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from omniserve.v1 import types_pb2 as omniserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17omniserve/v1/jobs.proto\x12\x0comniserve.v1\x1a\x18omniserve/v1/types.proto\"\xb7\x01\n\x07JobItem\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.omniserve.v1.ChatH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.omniserve.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.omniserve.v1.SamplingParamsB\x08\n\x06prompt\"g\n\x10SubmitJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x05items\x18\x03 \x03(\x0b\x32\x15.omniserve.v1.JobItem\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"#\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"=\n\tJobCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x11\n\tcompleted\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"p\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.omniserve.v1.JobState\x12\'\n\x06\x63ounts\x18\x03 \x01(\x0b\x32\x17.omniserve.v1.JobCounts\"I\n\x17StreamJobResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"C\n\x18StreamJobResultsResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.omniserve.v1.JobResult\"\x9e\x01\n\tJobResult\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.omniserve.v1.Usage\x12\r\n\x05\x65rror\x18\x06 \x01(\t\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"<\n\x11\x43\x61ncelJobResponse\x12\'\n\x06\x63ounts\x18\x01 \x01(\x0b\x32\x17.omniserve.v1.JobCounts*n\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_RUNNING\x10\x01\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x02\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x03\x32\xd2\x02\n\nJobService\x12L\n\tSubmitJob\x12\x1e.omniserve.v1.SubmitJobRequest\x1a\x1f.omniserve.v1.SubmitJobResponse\x12\x43\n\x06GetJob\x12\x1b.omniserve.v1.GetJobRequest\x1a\x1c.omniserve.v1.GetJobResponse\x12\x63\n\x10StreamJobResults\x12%.omniserve.v1.StreamJobResultsRequest\x1a&.omniserve.v1.StreamJobResultsResponse0\x01\x12L\n\tCancelJob\x12\x1e.omniserve.v1.CancelJobRequest\x1a\x1f.omniserve.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17omniserve/v1/jobs.proto\x12\x0comniserve.v1\x1a\x18omniserve/v1/types.proto\"\xb7\x01\n\x07JobItem\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\"\n\x04\x63hat\x18\x03 \x01(\x0b\x32\x12.omniserve.v1.ChatH\x00\x12+\n\ttoken_ids\x18\x04 \x01(\x0b\x32\x16.omniserve.v1.TokenIdsH\x00\x12.\n\x08sampling\x18\x05 \x01(\x0b\x32\x1c.omniserve.v1.SamplingParamsB\x08\n\x06prompt\"g\n\x10SubmitJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12$\n\x05items\x18\x03 \x03(\x0b\x32\x15.omniserve.v1.JobItem\x12\x0e\n\x06tenant\x18\x04 \x01(\t\"#\n\x11SubmitJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"=\n\tJobCounts\x12\r\n\x05total\x18\x01 \x01(\r\x12\x11\n\tcompleted\x18\x02 \x01(\r\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\r\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"p\n\x0eGetJobResponse\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12%\n\x05state\x18\x02 \x01(\x0e\x32\x16.omniserve.v1.JobState\x12\'\n\x06\x63ounts\x18\x03 \x01(\x0b\x32\x17.omniserve.v1.JobCounts\"I\n\x17StreamJobResultsRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"C\n\x18StreamJobResultsResponse\x12\'\n\x06result\x18\x01 \x01(\x0b\x32\x17.omniserve.v1.JobResult\"\xcd\x01\n\tJobResult\x12\x11\n\tcustom_id\x18\x01 \x01(\t\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\x0c\n\x04text\x18\x03 \x01(\t\x12\x11\n\ttoken_ids\x18\x04 \x03(\r\x12\"\n\x05usage\x18\x05 \x01(\x0b\x32\x13.omniserve.v1.Usage\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12-\n\x08logprobs\x18\x07 \x03(\x0b\x32\x1b.omniserve.v1.TokenLogprobs\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"<\n\x11\x43\x61ncelJobResponse\x12\'\n\x06\x63ounts\x18\x01 \x01(\x0b\x32\x17.omniserve.v1.JobCounts*n\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x15\n\x11JOB_STATE_RUNNING\x10\x01\x12\x17\n\x13JOB_STATE_COMPLETED\x10\x02\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x03\x32\xd2\x02\n\nJobService\x12L\n\tSubmitJob\x12\x1e.omniserve.v1.SubmitJobRequest\x1a\x1f.omniserve.v1.SubmitJobResponse\x12\x43\n\x06GetJob\x12\x1b.omniserve.v1.GetJobRequest\x1a\x1c.omniserve.v1.GetJobResponse\x12\x63\n\x10StreamJobResults\x12%.omniserve.v1.StreamJobResultsRequest\x1a&.omniserve.v1.StreamJobResultsResponse0\x01\x12L\n\tCancelJob\x12\x1e.omniserve.v1.CancelJobRequest\x1a\x1f.omniserve.v1.CancelJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omniserve.v1.jobs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=1008
-  _globals['_JOBSTATE']._serialized_end=1118
+  _globals['_JOBSTATE']._serialized_start=1055
+  _globals['_JOBSTATE']._serialized_end=1165
   _globals['_JOBITEM']._serialized_start=68
   _globals['_JOBITEM']._serialized_end=251
   _globals['_SUBMITJOBREQUEST']._serialized_start=253
@@ -51,11 +51,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMJOBRESULTSRESPONSE']._serialized_start=680
   _globals['_STREAMJOBRESULTSRESPONSE']._serialized_end=747
   _globals['_JOBRESULT']._serialized_start=750
-  _globals['_JOBRESULT']._serialized_end=908
-  _globals['_CANCELJOBREQUEST']._serialized_start=910
-  _globals['_CANCELJOBREQUEST']._serialized_end=944
-  _globals['_CANCELJOBRESPONSE']._serialized_start=946
-  _globals['_CANCELJOBRESPONSE']._serialized_end=1006
-  _globals['_JOBSERVICE']._serialized_start=1121
-  _globals['_JOBSERVICE']._serialized_end=1459
+  _globals['_JOBRESULT']._serialized_end=955
+  _globals['_CANCELJOBREQUEST']._serialized_start=957
+  _globals['_CANCELJOBREQUEST']._serialized_end=991
+  _globals['_CANCELJOBRESPONSE']._serialized_start=993
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1053
+  _globals['_JOBSERVICE']._serialized_start=1168
+  _globals['_JOBSERVICE']._serialized_end=1506
 # @@protoc_insertion_point(module_scope)

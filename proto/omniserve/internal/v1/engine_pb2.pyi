@@ -53,20 +53,22 @@ class EngineEvent(_message.Message):
     def __init__(self, ready: _Optional[_Union[EngineReady, _Mapping]] = ..., failed: _Optional[_Union[EngineFailed, _Mapping]] = ..., sampled: _Optional[_Union[SampledTokens, _Mapping]] = ..., ended: _Optional[_Union[RequestEnded, _Mapping]] = ..., telemetry: _Optional[_Union[_status_pb2.Telemetry, _Mapping]] = ...) -> None: ...
 
 class EngineReady(_message.Message):
-    __slots__ = ("model", "context_tokens", "vocabulary_tokens", "ls_tokens_max", "be_prompt_tokens_max", "geometry")
+    __slots__ = ("model", "context_tokens", "vocabulary_tokens", "ls_tokens_max", "be_prompt_tokens_max", "geometry", "layers")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     VOCABULARY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LS_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     BE_PROMPT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     GEOMETRY_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_FIELD_NUMBER: _ClassVar[int]
     model: str
     context_tokens: int
     vocabulary_tokens: int
     ls_tokens_max: int
     be_prompt_tokens_max: int
     geometry: _attention_pb2.Geometry
-    def __init__(self, model: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ..., geometry: _Optional[_Union[_attention_pb2.Geometry, _Mapping]] = ...) -> None: ...
+    layers: _containers.RepeatedCompositeFieldContainer[_attention_pb2.LayerOptions]
+    def __init__(self, model: _Optional[str] = ..., context_tokens: _Optional[int] = ..., vocabulary_tokens: _Optional[int] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ..., geometry: _Optional[_Union[_attention_pb2.Geometry, _Mapping]] = ..., layers: _Optional[_Iterable[_Union[_attention_pb2.LayerOptions, _Mapping]]] = ...) -> None: ...
 
 class EngineFailed(_message.Message):
     __slots__ = ("reason", "message")
@@ -77,12 +79,21 @@ class EngineFailed(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., message: _Optional[str] = ...) -> None: ...
 
 class SampledTokens(_message.Message):
-    __slots__ = ("request_ids", "token_ids")
+    __slots__ = ("request_ids", "token_ids", "logprobs")
+    class LogprobsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: int
+        value: _types_pb2.TokenLogprobs
+        def __init__(self, key: _Optional[int] = ..., value: _Optional[_Union[_types_pb2.TokenLogprobs, _Mapping]] = ...) -> None: ...
     REQUEST_IDS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     request_ids: _containers.RepeatedScalarFieldContainer[str]
     token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    logprobs: _containers.MessageMap[int, _types_pb2.TokenLogprobs]
+    def __init__(self, request_ids: _Optional[_Iterable[str]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Mapping[int, _types_pb2.TokenLogprobs]] = ...) -> None: ...
 
 class RequestEnded(_message.Message):
     __slots__ = ("request_id", "reason", "error", "cached_tokens")
