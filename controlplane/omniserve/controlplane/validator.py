@@ -60,6 +60,7 @@ class Validator:
             work.slo.ttft_ms = request.slo.ttft_ms or self.settings.slo_ttft_ms
             work.slo.tpot_ms = request.slo.tpot_ms or self.settings.slo_tpot_ms
         work.resume_offset = request.resume_offset
+        work.tenant = request.tenant
         return work
 
     async def job(
@@ -89,6 +90,7 @@ class Validator:
                 types_pb2.SERVICE_CLASS_BEST_EFFORT,
             )
             work.request_id = f"{JOB_PREFIX}{job_id}:{index}"
+            work.tenant = request.tenant
             items.append((name, work))
             await asyncio.sleep(0)  # thousands of short texts must not hold up the streams
         return items

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from omniserve.gpuworker.channel import EngineChannel
+from omniserve.gpuworker.deadlines import Arrival
 from omniserve.gpuworker.engine_state import Limits
 from omniserve.gpuworker.lifecycle import Lifecycle
 from omniserve.gpuworker.requests import Request
@@ -23,23 +24,23 @@ class Inbox:
         self._channel = channel
         self._lifecycle = lifecycle
         self._clock_ns = clock_ns
-        self._pending: list[engine_pb2.EngineCommand] = []
+        self._pending: list[tuple[engine_pb2.EngineCommand, int]] = []
+        """Commands seen but not applied, and when they were seen."""
         self.stopping = False
 
-    def urgent(self) -> bool:
-        """Whether an LS request has arrived since the last `drain`."""
-        arrived = self._channel.receive()
-        self._pending.extend(arrived)
-        return any(_is_ls_submit(command) for command in arrived)
+    def arrivals(self) -> list[Arrival]:
+        """LS requests that have come since the last `drain`."""
+        self._receive()
+        return [_arrival(command, seen) for command, seen in self._pending if _is_ls(command)]
 
     def drain(self) -> None:
         """Applies every command that has arrived."""
-        commands = [*self._pending, *self._channel.receive()]
-        self._pending.clear()
-        for command in commands:
+        self._receive()
+        commands, self._pending = self._pending, []
+        for command, seen_ns in commands:
             kind = command.WhichOneof("command")
             if kind == "submit":
-                self._lifecycle.submit(_request(command.submit, self._clock_ns()))
+                self._lifecycle.submit(_request(command.submit, seen_ns))
             elif kind == "cancel":
                 self._lifecycle.cancel(command.cancel)
             elif kind == "limits":
@@ -49,12 +50,23 @@ class Inbox:
             elif kind == "shutdown":
                 self.stopping = True
 
+    def _receive(self) -> None:
+        commands = self._channel.receive()
+        if commands:
+            now_ns = self._clock_ns()
+            self._pending.extend((command, now_ns) for command in commands)
 
-def _is_ls_submit(command: engine_pb2.EngineCommand) -> bool:
+
+def _is_ls(command: engine_pb2.EngineCommand) -> bool:
     return (
         command.WhichOneof("command") == "submit"
         and command.submit.service_class != types_pb2.SERVICE_CLASS_BEST_EFFORT
     )
+
+
+def _arrival(command: engine_pb2.EngineCommand, seen_ns: int) -> Arrival:
+    submit = command.submit
+    return Arrival(seen_ns, len(submit.prompt_token_ids), int(submit.slo.ttft_ms * 1e6))
 
 
 def _request(submit: worker_pb2.WorkerServiceGenerateRequest, now_ns: int) -> Request:
@@ -68,6 +80,7 @@ def _request(submit: worker_pb2.WorkerServiceGenerateRequest, now_ns: int) -> Re
         prompt_tokens=len(prompt),
         known=len(prompt),
         arrival_ns=now_ns,
+        tenant=submit.tenant,
         temperature=submit.sampling.temperature,
         seed=submit.sampling.seed,
         ignore_eos=submit.sampling.ignore_eos,

@@ -20,6 +20,7 @@ from omniserve.gpuworker.kv.block_pool import BlockPool
 from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.placement import Moves, Placement
+from omniserve.gpuworker.queues import ByArrival, FairQueue
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.telemetry import Counters
@@ -109,10 +110,16 @@ class Lifecycle:
             request = chunk.request
             request.computed = chunk.end
             request.in_cohort = False
-            if request.place is Place.PREFILLING and request.generated > 0:
-                request.place = Place.DEVICE
             if request.generated > 0 and request.known == chunk.end + 1:
+                if request.place is Place.PREFILLING:
+                    request.place = Place.DEVICE
                 self._end_if_finished(request)
+
+    def called_off(self, cohort: Cohort) -> None:
+        """A cohort that rested between two stages goes no further: its rows will run again."""
+        for chunk in cohort.chunks:
+            chunk.request.in_cohort = False
+        self.counters.recomputed_tokens += cohort.rows
 
     def _end_if_finished(self, request: Request) -> None:
         if not request.ignore_eos and int(request.tokens[request.known - 1]) in self._eos:
@@ -122,8 +129,11 @@ class Lifecycle:
 
     def _end(self, request: Request, reason: types_pb2.FinishReason, error: str = "") -> None:
         """Gives back all that `request` holds and says so to the front."""
-        queue = self._queue_of(request)
-        queue.remove(request)
+        self._queue_of(request).remove(request)
+        if not request.latency_sensitive and request.place is not Place.WAITING:
+            self.state.be_waiting.settle(request)
+        if request.place is Place.RESTORING:
+            self.state.be_restoring.remove(request)
         if request.row >= 0:
             self.parking.remove(request)
         self.blocks.give_back(request.blocks)
@@ -134,7 +144,7 @@ class Lifecycle:
         del self._requests[request.request_id]
         self._outbox.ended(request.request_id, reason, error)
 
-    def _queue_of(self, request: Request) -> deque[Request] | list[Request]:
+    def _queue_of(self, request: Request) -> deque[Request] | list[Request] | FairQueue | ByArrival:
         state = self.state
         if request.latency_sensitive:
             return state.ls_waiting if request.place is Place.WAITING else state.ls_running
@@ -247,10 +257,11 @@ class Lifecycle:
         for request in self.state.be_device:
             if request.server >= 0:
                 self.counters.checkpointed_tokens += self.host.checkpoint(request)
-        for request in [r for r in self.state.be_host if r.place is Place.RESTORING]:
+        for request in list(self.state.be_restoring):
             self.host.restore(request)
             if request.restored == request.computed and request.transfers == 0:
                 self.parking.remove(request)
+                self.state.be_restoring.remove(request)
                 self.state.be_host.remove(request)
                 self.state.be_device.append(request)
                 request.place = Place.DEVICE
@@ -263,7 +274,7 @@ class Lifecycle:
         reserve = self.placement != "device"
         if reserve:
             self.host.reserve(request)
-        self.state.be_waiting.remove(request)
+        self.state.be_waiting.start(request)
         tokens = request.known + 1 if reserve else request.limit
         request.blocks = self.blocks.take(self.blocks.pages_for(tokens))
         request.place = Place.PREFILLING
@@ -282,12 +293,15 @@ class Lifecycle:
         self.parking.hold(request.row)
         request.blocks = self.blocks.take(self.blocks.pages_for(request.known + 1))
         request.place = Place.RESTORING
+        self.state.be_restoring.append(request)
         request.restored = 0
         self.counters.promotions += 1
 
     def _requeue(self, request: Request) -> None:
         """Back to the head of the queue; what was computed is computed again."""
         self._queue_of(request).remove(request)
+        if request.place is Place.RESTORING:
+            self.state.be_restoring.remove(request)
         self.counters.recomputed_tokens += request.computed
         self.blocks.give_back(request.blocks)
         self.host.release(request)

@@ -34,6 +34,7 @@ class Request:
     """[prompt + max_tokens]; the first `known` are set."""
     prompt_tokens: int
     arrival_ns: int
+    tenant: str = ""
     temperature: float = 0.0
     seed: int = 0
     ignore_eos: bool = False
@@ -74,6 +75,11 @@ class Request:
     @property
     def generated(self) -> int:
         return self.known - self.prompt_tokens
+
+    @property
+    def job(self) -> str:
+        """What the ids of a job's items have in common: all before the last colon."""
+        return self.request_id.rpartition(":")[0]
 
     @property
     def limit(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from omniserve.gpuworker.engine_state import EngineState
-from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.v1 import status_pb2
 
 
@@ -42,7 +42,9 @@ def snapshot(
     decoding = [r for r in state.ls_running if r.generated > 0]
     load = sum((Load.decode(r.known) for r in decoding), Load.decode(1))
     chunk = 256
-    prefill = model.pass_ns(load + Load.prefill(0, chunk, last=True)) - model.pass_ns(load)
+    decode_ns = model.pass_ns(load) * model.factor(Regime.LS_DECODE, load.rows)
+    both = load + Load.prefill(0, chunk, last=True)
+    both_ns = model.pass_ns(both) * model.factor(Regime.LS_PREFILL, both.rows)
     return status_pb2.Telemetry(
         passes=counters.passes,
         ls_stages=counters.ls_stages,
@@ -67,6 +69,6 @@ def snapshot(
         device_blocks_total=state.blocks_total,
         device_blocks_free=state.blocks_free,
         ls_prefill_tokens_waiting=sum(r.known - r.computed for r in prompts),
-        decode_pass_ms=model.pass_ns(load) / 1e6,
-        prefill_token_ms=prefill / chunk / 1e6,
+        decode_pass_ms=decode_ns / 1e6,
+        prefill_token_ms=max(0.0, both_ns - decode_ns) / chunk / 1e6,
     )
