@@ -102,5 +102,9 @@ def streams_slack_ns(state: EngineState, aim: float, now_ns: int) -> float:
         if generated:
             tpot = aim * r.tpot_slo_ns
             deadline = r.first_token_ns + generated * tpot
-            due = min(due, deadline, r.last_token_ns + 2 * tpot)
+            gap_ends = r.last_token_ns + 2 * tpot
+            if deadline < due:
+                due = deadline
+            if gap_ends < due:
+                due = gap_ends
     return due - now_ns

@@ -74,13 +74,13 @@ class Engine:
             seen = self._bell.value()
             self._inbox.drain()
             self._lifecycle.take_answers()
-            self._move()
+            gave_back = self._move()
             now = self._clock_ns()
             plan = self._policy.plan(self._state, self._model, now)
             if plan is not None:
                 self._run_pass(plan, now)
             self._publish(now)
-            if plan is None:
+            if plan is None and not gave_back:
                 self._rest(seen)
         self._log.write()
 
@@ -185,11 +185,15 @@ class Engine:
             counters.be_only_stages += 1
             counters.be_only_rows += len(boarded)
 
-    def _move(self) -> None:
-        """Frees and grants memory before the pass, and brings the state's gauges up to date."""
+    def _move(self) -> bool:
+        """Frees and grants memory before the pass, and brings the state's gauges up to date.
+
+        Returns whether memory came free that only the next decision knows of.
+        """
         life, state = self._lifecycle, self._state
         state.blocks_free = life.blocks.free
-        life.carry_out(self._policy.moves(state, life))
+        moves = self._policy.moves(state, life)
+        life.carry_out(moves)
         life.move_at_random()
         life.transfer()
         state.blocks_free = life.blocks.free
@@ -197,6 +201,8 @@ class Engine:
         self._observe_cohort()
         if deadlines.must_call_off(state, self._model, self._clock_ns()):
             self._call_off()
+            return True
+        return bool(moves.abandon)
 
     def _call_off(self) -> None:
         """Gives up the BE cohort that rests: its rows run anew, its prompt may lose its memory."""

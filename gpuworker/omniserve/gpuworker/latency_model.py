@@ -63,7 +63,9 @@ class Load:
 
     @staticmethod
     def prefill(start: int, tokens: int, *, last: bool) -> Load:
-        """A chunk of `tokens` behind `start` tokens of context."""
+        """A chunk of `tokens` behind `start` tokens of context; one token attends as decode."""
+        if tokens == 1:
+            return Load(1, 1, int(last), start + 1, 0)
         return Load(tokens, 0, int(last), 0, tokens * (2 * start + tokens) // 2)
 
 

@@ -179,6 +179,8 @@ class _Decision:
                 continue
             # Without a server it cannot be demoted: stopping it would stop it for good.
             over = self._held >= self._held_max and request.server >= 0
+            if self._rules.resumes_first and self._held == len(request.blocks):
+                over = False  # alone, and it could not decode anywhere else
             if self._make_room(self._free + 1 if over else 1, younger_than=request):
                 self._moves.grow.append(request)
                 self._free, self._held = self._free - 1, self._held + 1
@@ -206,8 +208,12 @@ class _Decision:
     def _promote(self, held_max: int) -> None:
         """Brings back the oldest that can come, one at a time, if BE holds `held_max` at most."""
         state = self._state
+        if self._rules.placement == "host" or state.be_restoring or state.ls_waiting:
+            return
+        if self._rules.resumes_first and not self._held:
+            held_max = self._free  # it could not decode anywhere else
         room = min(self._free, held_max - self._held)
-        if room <= 0 or self._rules.placement == "host" or state.be_restoring or state.ls_waiting:
+        if room <= 0:
             return
         for request in islice(state.be_host, _RETURNING):
             pages = state.pages_for(request.known + 1)
