@@ -86,7 +86,7 @@ class Engine:
 
     def _run_pass(self, plan: Plan, decided_ns: int) -> None:
         """Runs the plan's stages; BE leaves at a stage boundary if a newcomer needs the time."""
-        self._log.begin(plan)  # predictions are recorded before anything runs
+        self._log.begin(plan, decided_ns)  # predictions are recorded before anything runs
         ls = Cohort(plan.ls, self._settings.page_tokens) if plan.ls else None
         if plan.be:
             self._be_cohort = Cohort(plan.be, self._settings.page_tokens)

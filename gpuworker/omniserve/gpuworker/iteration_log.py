@@ -17,6 +17,7 @@ from omniserve.gpuworker.plan import Plan
 _ITERATIONS = 1 << 16
 _FIELDS = np.dtype(
     [
+        ("decided_ns", np.int64),
         ("regime", np.int8),
         ("rows", np.int32),
         ("stages", np.int16),
@@ -36,10 +37,11 @@ class IterationLog:
         self._ring = np.zeros(_ITERATIONS if path else 0, dtype=_FIELDS)
         self._count = 0
 
-    def begin(self, plan: Plan) -> None:
-        """Records what `plan` is predicted to take, before it runs."""
+    def begin(self, plan: Plan, decided_ns: int) -> None:
+        """Records what `plan` is predicted to take, before it runs. Times are the engine's."""
         if self._path:
             self._ring[self._count % _ITERATIONS] = (
+                decided_ns,
                 plan.regime,
                 plan.rows,
                 len(plan.stages),
