@@ -40,7 +40,9 @@ from omniserve.v1 import types_pb2
 Iteration = dict[str, Any]
 SLO = types_pb2.Slo(ttft_ms=1000, tpot_ms=100)
 PROMPT_TOKENS = 200
-BACKLOG = 24
+# Short prompts, so that BE has rows in the parking lot before the run is over.
+BACKLOG = 32
+BACKLOG_PROMPT_TOKENS = 100
 
 
 def main() -> int:
@@ -50,7 +52,7 @@ def main() -> int:
         flags = {
             "dtype": "bfloat16",
             "threads": options.threads,
-            "device-kv-tokens": 8192,
+            "device-kv-tokens": 4096,
             "latency-cache-dir": folder,  # measured now: nobody knows who kept the host busy then
             "iteration-log": log,
             "policy": options.policy,
@@ -100,7 +102,10 @@ def _mix(stack: WorkerStack, seconds: float, seed: int) -> None:
     draw = random.Random(seed)
     prompts = [prompt[:600] for prompt in real_prompts()]
     until = time.monotonic() + seconds
-    backlog = [_start(stack, p, 96, best_effort=True) for p in draw.choices(prompts, k=BACKLOG)]
+    backlog = [
+        _start(stack, prompt[:BACKLOG_PROMPT_TOKENS], 128, best_effort=True)
+        for prompt in draw.choices(prompts, k=BACKLOG)
+    ]
     chats = []
     while time.monotonic() < until:
         chats.append(_start(stack, draw.choice(prompts), draw.randint(8, 80)))

@@ -94,10 +94,12 @@ class Simulation:
         self._observe()
         if deadlines.must_call_off(self.state, self.model, self.now_ns):
             self._call_off()
-            self._observe()
+            return True
+        if moves.abandon:
+            return True
         plan = self.policy.plan(self.state, self.model, self.now_ns)
         if plan is None:
-            return bool(moves.abandon) or self._wait()
+            return self._wait()
         self._check_plan(plan)
         self._run(plan)
         self._check_memory()

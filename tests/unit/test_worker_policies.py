@@ -74,7 +74,7 @@ def loads(draw: st.DrawFn) -> list[Request]:
     rows=st.sampled_from([1, 4, 16]),
     lost=st.sampled_from([0.0, 0.05]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_request_ends_whatever_comes_together(
     policy: str,
     load: list[Request],
@@ -162,7 +162,7 @@ class Nothing:
 
 @pytest.mark.parametrize("policy", list(POLICIES))
 @given(state=states())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_policies_change_nothing_and_repeat_themselves(policy: str, state: EngineState) -> None:
     decides = POLICIES[policy](Options(128, "auto"))
     model = LatencyModel(PROFILE, LAYERS)

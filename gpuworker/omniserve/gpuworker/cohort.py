@@ -33,6 +33,7 @@ class Cohort:
 
     def __init__(self, chunks: Sequence[Chunk], page_tokens: int) -> None:
         self.chunks = tuple(chunks)
+        self.load = load_of(chunks)
         self.stage = 0
         self.residual: torch.Tensor | None = None
         self.attention: torch.Tensor | None = None
@@ -58,11 +59,6 @@ class Cohort:
         self.sampled = [chunks[i].request for i in finishing]
         """Requests whose next token this cohort's last stage yields."""
         self.sampled_rows = torch.from_numpy(last_rows[finishing].astype(np.int64))
-
-    @property
-    def load(self) -> Load:
-        """What a pass with this cohort costs."""
-        return load_of(self.chunks)
 
 
 def load_of(chunks: Sequence[Chunk]) -> Load:

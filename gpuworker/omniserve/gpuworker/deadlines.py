@@ -43,7 +43,8 @@ def must_yield(
     aim = 1.0 - state.limits.safety_margin
     queued_ns = 0.0
     for arrival in arrivals:
-        queued_ns += model.pass_ns(Load.prefill(0, arrival.prompt_tokens, last=True))
+        prefill = Load.prefill(0, arrival.prompt_tokens, last=True)
+        queued_ns += model.pass_ns(prefill) * model.factor(Regime.LS_PREFILL, prefill.rows)
         spare = arrival.arrival_ns + aim * arrival.ttft_slo_ns - now_ns - queued_ns
         if left_ns > _NEWCOMER_SHARE * spare:
             return True

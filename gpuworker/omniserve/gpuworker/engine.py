@@ -76,7 +76,8 @@ class Engine:
             self._lifecycle.take_answers()
             gave_back = self._move()
             now = self._clock_ns()
-            plan = self._policy.plan(self._state, self._model, now)
+            # Memory came free for LS: nothing else starts before it is decided who gets it.
+            plan = None if gave_back else self._policy.plan(self._state, self._model, now)
             if plan is not None:
                 self._run_pass(plan, now)
             self._publish(now)

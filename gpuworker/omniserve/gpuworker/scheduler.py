@@ -21,8 +21,8 @@ from omniserve.gpuworker.requests import Place, Request
 # BE work that attends on the device takes budget that boarding rows could use later in the pass:
 # it gets this part of what is left (OmniServe's stricter margin).
 DEVICE_BE_SHARE = 0.7
-# The most urgent LS prompt advances by at least this much in every pass, or it would starve.
-_LS_CHUNK_MIN = 16
+# A chunk that is sure to run is at least this large: the most urgent LS prompt would starve.
+_CHUNK_MIN = 16
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -52,7 +52,7 @@ def ls_chunks(
     load = load_of(chunks)
     slack = streams_slack_ns(state, 1.0 - state.limits.safety_margin, now_ns)
     left = prefill_tokens_max
-    least = _LS_CHUNK_MIN
+    least = _CHUNK_MIN
     for request in prompts(state):
         limit = min(request.known - request.computed, left)
         fitting = largest_chunk(model, load, request, limit, slack, Regime.LS_PREFILL)
@@ -203,7 +203,11 @@ def best_effort_only(
     if state.be_cohort_stage >= 0:
         chunks, load = [], state.be_cohort
     else:
-        chunks = be_chunks(state, model, Load(), float("inf"), prefill_tokens_max, Regime.BE_PASS)
+        # Who waits for memory gets it between two passes: then they must be short.
+        most = prefill_tokens_max
+        if state.ls_waiting:
+            most = min(most, max(state.limits.be_prefill_tokens, _CHUNK_MIN))
+        chunks = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
         load = load_of(chunks)
     everything = (len(state.be_host) if boards else 0,) * state.stages
     if load.rows:
