@@ -132,6 +132,29 @@ def test_late_and_reordered_answers_change_no_token(reference: Reference) -> Non
         assert stack.telemetry().ring_waits == 0
 
 
+@pytest.mark.parametrize("policy", ["ls-first", "reserve", "sync-offload", "preempt"])
+def test_every_policy_gives_both_classes_the_reference_tokens(
+    reference: Reference, policy: str
+) -> None:
+    flags = {"policy": policy, "device-kv-tokens": 4096}  # too few for all of them
+    with WorkerStack(worker_flags=flags | CHUNKS) as stack:
+        streams = stack.start_all(real_prompts(), MAX_TOKENS, best_effort=True)
+        chats = [stack.generate(prompt, MAX_TOKENS) for prompt in real_prompts()[1:4]]
+        outputs = [stream.finish() for stream in streams]
+        reference.check(policy, outputs)
+        reference.check(f"{policy}, LS", [outputs[0], *chats, *outputs[4:]])
+        assert stack.status().policy == policy
+
+
+def test_the_yardstick_queues_best_effort_and_serves_the_rest(reference: Reference) -> None:
+    with WorkerStack(worker_flags={"policy": "ls-only"} | CHUNKS) as stack:
+        queued = stack.start_all(real_prompts()[:2], MAX_TOKENS, best_effort=True)
+        reference.check("ls-only", run(stack, best_effort=False))
+        waiting = len(queued)
+        stack.wait_until("a queue", lambda status: status.telemetry.be_waiting == waiting)
+        assert stack.telemetry().be_output_tokens == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [2, 3])
 def test_moves_between_servers_that_answer_late_change_no_token(

@@ -8,6 +8,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from omniserve.gpuworker.engine_state import EngineState, Limits
+from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.latency import LatencyProfile
@@ -99,7 +100,15 @@ def stage_counts(draw: st.DrawFn) -> StageCounts:
     ages = draw(st.lists(st.integers(0, 20), min_size=STAGES, max_size=STAGES))
     oldest = NOW_NS - np.asarray(ages, dtype=np.int64) * MS
     oldest[ready == 0] = np.iinfo(np.int64).max
-    return StageCounts(ready, np.asarray(draw(counts), dtype=np.int64), oldest)
+    starved = draw(st.lists(st.sampled_from(range(STAGES)), max_size=2, unique=True))
+    return StageCounts(
+        ready,
+        np.asarray(draw(counts), dtype=np.int64),
+        oldest,
+        overdue=tuple(stage for stage in starved if ready[stage]),
+        answer_ns=draw(st.sampled_from([0.0, 0.2, 5.0])) * MS,
+        in_time=draw(st.sampled_from([0.0, 0.5, 1.0])),
+    )
 
 
 @st.composite
@@ -135,9 +144,10 @@ def states(draw: st.DrawFn, *, ls_max: int = 6, be_max: int = 6) -> EngineState:
         state.be_device.append(made)
     for index in range(draw(st.integers(0, be_max))):
         place = draw(st.sampled_from([Place.HOST, Place.HOST, Place.RESTORING]))
-        state.be_host.append(
-            request(f"host{index}", place, prompt=draw(st.integers(1, 60)), generated=1)
-        )
+        parked = request(f"host{index}", place, prompt=draw(st.integers(1, 60)), generated=1)
+        state.be_host.append(parked)
+        if place is Place.RESTORING:
+            state.be_restoring.append(parked)
     for index in range(draw(st.integers(0, 3))):
         waiting = request(
             f"wait{index}", Place.WAITING, prompt=draw(st.integers(1, 200)), latency_sensitive=True
@@ -154,5 +164,6 @@ def states(draw: st.DrawFn, *, ls_max: int = 6, be_max: int = 6) -> EngineState:
     under_way = draw(st.booleans())
     if state.be_device and under_way:
         state.be_cohort_stage = draw(st.integers(0, LAYERS))
-        state.be_cohort_rows = draw(st.integers(1, 80))
+        rows = draw(st.integers(1, 80))
+        state.be_cohort = Load.decode(50) + Load.prefill(draw(st.integers(0, 90)), rows, last=True)
     return state

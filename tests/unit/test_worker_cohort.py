@@ -97,11 +97,13 @@ def test_the_work_of_attention_is_what_its_causal_rows_read(
     cohort = Cohort(parts, page_tokens)
     decode = [chunk for chunk in parts if chunk.tokens == 1]
     prefill = [chunk for chunk in parts if chunk.tokens > 1]
-    assert cohort.decode_kv_tokens == sum(chunk.start + 1 for chunk in decode)
+    assert (cohort.load.rows, cohort.load.decode_rows) == (cohort.rows, len(decode))
+    assert cohort.load.sampled == len(cohort.sampled)
+    assert cohort.load.decode_kv_tokens == sum(chunk.start + 1 for chunk in decode)
     pairs = sum(at + 1 for chunk in prefill for at in range(chunk.start, chunk.end))
     # The half of a chunk's own triangle that lies on the diagonal is left out.
     missing = sum(-(-chunk.tokens // 2) for chunk in prefill)
-    assert pairs - missing <= cohort.prefill_kv_pairs <= pairs
+    assert pairs - missing <= cohort.load.prefill_kv_pairs <= pairs
 
 
 @given(data=st.data(), page_tokens=PAGE_TOKENS)

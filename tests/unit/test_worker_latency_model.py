@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_states import LAYERS, PROFILE
 
-from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.latency import LatencyProfile
 
 rows = st.integers(0, 600)
@@ -62,29 +62,67 @@ def test_more_work_never_costs_less_on_a_monotone_profile(
     assert model.pass_ns(load) <= model.pass_ns(load, boarded)
 
 
-def test_the_correction_converges_to_a_machine_that_is_slower_than_measured(
+def test_the_factor_converges_to_a_machine_that_is_slower_than_measured(
     model: LatencyModel,
 ) -> None:
-    load = Load.decode(50)
-    truth = 1.5 * model.pass_ns(load)
-    for _ in range(200):
-        model.observe(model.pass_ns(load), truth)
-    assert model.pass_ns(load) == pytest.approx(truth, rel=0.01)
+    for _ in range(100):
+        predicted = 1e6 * model.factor(Regime.LS_DECODE, 4)
+        model.observe(Regime.LS_DECODE, 4, predicted, 1.5e6)
+    assert model.factor(Regime.LS_DECODE, 4) == pytest.approx(1.5, rel=0.01)
 
 
-@given(measured=st.lists(st.sampled_from([1e-9, 1.0, 1e18, math.inf]), max_size=5))
+def test_an_error_in_one_regime_says_nothing_of_another(model: LatencyModel) -> None:
+    for _ in range(20):
+        model.observe(Regime.BE_STAGE, 4, 1e6, 3e6)
+    assert model.factor(Regime.BE_STAGE, 4) > 1.5
+    assert all(model.factor(r, 4) == 1.0 for r in Regime if r is not Regime.BE_STAGE)
+
+
+def test_sizes_not_met_yet_follow_the_nearest_that_was(model: LatencyModel) -> None:
+    model.observe(Regime.LS_DECODE, 4, 1e6, 1.4e6)
+    first = model.factor(Regime.LS_DECODE, 4)
+    assert first > 1.0
+    assert model.factor(Regime.LS_DECODE, 300) == first
+    model.observe(Regime.LS_DECODE, 300, 1e6, 1e6)
+    model.observe(Regime.LS_DECODE, 4, 1e6, 1e6 / 1.4)
+    assert model.factor(Regime.LS_DECODE, 300) == first, "its own by now"
+    assert model.factor(Regime.LS_DECODE, 4) < first
+
+
+@given(measured=st.lists(st.sampled_from([1e-9, 1.0, 1e18, math.inf]), min_size=30, max_size=40))
 def test_outliers_move_little(measured: list[float]) -> None:
     model = LatencyModel(PROFILE, LAYERS)
+    for _ in range(20):
+        model.observe(Regime.LS_DECODE, 1, 1e6, 1e6)
     for measured_ns in measured:
-        before = model.correction
-        model.observe(1e6, measured_ns)
-        assert before * 0.95 <= model.correction <= before * 1.11
+        before = model.factor(Regime.LS_DECODE, 1)
+        model.observe(Regime.LS_DECODE, 1, 1e6, measured_ns)
+        assert before * 0.95 <= model.factor(Regime.LS_DECODE, 1) <= before * 1.05
 
 
 @pytest.mark.parametrize(("predicted", "measured"), [(0.0, 1e6), (1e6, 0.0), (1e6, -5.0)])
 def test_nonsense_moves_nothing(model: LatencyModel, predicted: float, measured: float) -> None:
-    model.observe(predicted, measured)
-    assert model.correction == 1.0
+    model.observe(Regime.LS_DECODE, 1, predicted, measured)
+    assert model.factor(Regime.LS_DECODE, 1) == 1.0
+
+
+@given(fixed=st.integers(0, 300), limit=st.integers(0, 300), budget=st.floats(-1e6, 1e8))
+def test_the_most_rows_within_a_budget_cost_no_more_than_it(
+    fixed: int, limit: int, budget: float
+) -> None:
+    stairs = LatencyModel(PROFILE, LAYERS).middle
+    rows = stairs.most_rows(budget, fixed, limit)
+    assert rows == 0 or stairs[fixed + rows] - stairs[fixed] <= budget
+    more = rows + 1
+    assert rows == limit or stairs[fixed + more] - stairs[fixed] > budget
+
+
+@given(rows=st.integers(1, 600), part=st.floats(0.1, 1.0))
+def test_fewest_rows_for_a_rate_reach_it(rows: int, part: float) -> None:
+    stairs = LatencyModel(PROFILE, LAYERS).middle
+    fewest = stairs.rows_for_rate(rows, part)
+    assert 1 <= fewest <= rows
+    assert fewest / stairs[fewest] >= part * rows / stairs[rows] * (1 - 1e-9)
 
 
 def test_a_profile_survives_json() -> None:

@@ -51,6 +51,11 @@ def parked(lot: ParkingLot, count: int, server: int = 0) -> list[Request]:
     return requests
 
 
+def send(lot: ParkingLot, count: int, next_stage: int) -> None:
+    """Takes the oldest `count` rows through stage 0 and sends them away."""
+    lot.send_away(lot.board(0, count), next_stage)
+
+
 def rows_of(requests: list[Request]) -> set[int]:
     return {made.row for made in requests}
 
@@ -73,33 +78,34 @@ def test_a_parked_request_is_ready_at_stage_0_with_its_next_token_and_position()
 def test_the_oldest_ready_rows_board_first_when_not_all_may() -> None:
     lot = lot_of(Clock())
     requests = parked(lot, 4)
-    lot.send_away(np.array([made.row for made in requests]), 2)
+    send(lot, 4, 2)
     for sequence in (2, 0, 3, 1):
         lot.answered(0, sequences(sequence))
-    boarded = [requests[i].row for i in (2, 0, 3, 1)]
-    for allowance in (1, 2, 3):
-        assert lot.board(2, allowance).tolist() == boarded[:allowance]
-    assert set(lot.board(2, 4).tolist()) == set(boarded)
+    rows = [requests[i].row for i in (2, 0, 3, 1)]
+    assert lot.board(2, 1).tolist() == rows[:1]
+    assert lot.board(2, 2).tolist() == rows[1:3]
+    assert lot.board(2, 4).tolist() == rows[3:]
 
 
 def test_a_stage_boards_only_its_own_rows_and_never_more_than_allowed() -> None:
     lot = lot_of(Clock())
     requests = parked(lot, 4)
-    lot.send_away(np.array([requests[0].row]), 1)
+    send(lot, 1, 1)
     lot.answered(0, sequences(0))
-    assert lot.board(1, ROWS).tolist() == [requests[0].row]
-    assert set(lot.board(0, ROWS).tolist()) == rows_of(requests[1:])
-    assert len(lot.board(0, 2)) == 2
     for allowance in (0, -1):
         nobody = lot.board(0, allowance)
         assert len(nobody) == 0
         assert nobody.dtype == np.int64
+    assert lot.board(1, ROWS).tolist() == [requests[0].row]
+    first = lot.board(0, 2).tolist()
+    assert len(first) == 2
+    assert {*first, *lot.board(0, ROWS).tolist()} == rows_of(requests[1:])
 
 
 def test_a_row_whose_attention_is_away_boards_no_stage_until_it_is_answered() -> None:
     lot = lot_of(Clock())
     (made,) = parked(lot, 1)
-    lot.send_away(np.array([made.row]), 1)
+    send(lot, 1, 1)
     assert lot.is_away(made.row)
     assert not lot.at_start(made.row)
     assert lot.away == 1
@@ -113,7 +119,7 @@ def test_a_row_whose_attention_is_away_boards_no_stage_until_it_is_answered() ->
 def test_answers_reach_the_rows_of_their_own_server() -> None:
     lot = lot_of(Clock())
     first, second = parked(lot, 2, server=0), parked(lot, 2, server=1)
-    lot.send_away(np.array([made.row for made in [*first, *second]]), 1)
+    send(lot, 4, 1)
     assert lot.answered(1, sequences(1, 0)) == [second[1].row, second[0].row]
     assert all(lot.is_away(made.row) for made in first)
     assert not any(lot.is_away(made.row) for made in second)
@@ -123,8 +129,8 @@ def test_a_held_row_boards_no_stage_and_counts_at_none() -> None:
     lot = lot_of(Clock())
     held, other = parked(lot, 2)
     lot.hold(held.row)
-    assert lot.board(0, ROWS).tolist() == [other.row]
     assert lot.by_stage().ready.tolist() == [1, 0, 0, 0, 0]
+    assert lot.board(0, ROWS).tolist() == [other.row]
     assert lot.parked == 2
     lot.remove(held)
     lot.check_integrity()
@@ -134,7 +140,7 @@ def test_a_held_row_boards_no_stage_and_counts_at_none() -> None:
 def test_only_a_row_that_is_ready_at_stage_0_can_be_held(answered: bool) -> None:
     lot = lot_of(Clock())
     (made,) = parked(lot, 1)
-    lot.send_away(np.array([made.row]), 1)
+    send(lot, 1, 1)
     if answered:
         lot.answered(0, sequences(0))
     with pytest.raises(AssertionError, match="on its way"):
@@ -145,7 +151,7 @@ def test_a_row_that_is_away_can_be_evicted_but_not_removed() -> None:
     lot = lot_of(Clock())
     away, stays = parked(lot, 2)
     row = away.row
-    lot.send_away(np.array([row]), 1)
+    send(lot, 1, 1)
     with pytest.raises(AssertionError, match="away"):
         lot.remove(away)
     lot.evict(away)
@@ -171,6 +177,7 @@ def test_the_next_token_starts_over_at_stage_0_as_the_youngest() -> None:
     lot = lot_of(Clock())
     first, second = parked(lot, 2)
     lot.ls_stages[first.row] = 7
+    assert lot.board(0, 1).tolist() == [first.row]
     lot.next_token(first.row, token=42, position=6)
     assert (lot.token[first.row], lot.position[first.row]) == (42, 6)
     assert lot.ls_stages[first.row] == 0
@@ -180,20 +187,63 @@ def test_the_next_token_starts_over_at_stage_0_as_the_youngest() -> None:
 def test_counts_tell_who_is_parked_where_and_since_when() -> None:
     clock = Clock()
     lot = lot_of(clock)
-    requests = parked(lot, 5)  # at 1 .. 5 ns
-    lot.send_away(np.array([made.row for made in requests[:3]]), 2)
-    lot.answered(0, sequences(1))  # at 6 ns
-    lot.answered(0, sequences(0))  # at 7 ns
+    parked(lot, 5)  # at 1 .. 5 ns
+    send(lot, 3, 2)  # at 6 ns
+    lot.answered(0, sequences(1))  # at 7 ns
+    lot.answered(0, sequences(0))  # at 8 ns
     counts = lot.by_stage()
     assert counts.ready.tolist() == [2, 0, 2, 0, 0]
     assert counts.away.tolist() == [0, 0, 1, 0, 0]
-    assert counts.oldest_ready_ns.tolist() == [4, NEVER, 6, NEVER, NEVER]
+    assert counts.oldest_ready_ns.tolist() == [4, NEVER, 7, NEVER, NEVER]
 
 
 def test_an_empty_lot_counts_nobody() -> None:
     counts = lot_of(Clock()).by_stage()
     assert counts.ready.tolist() == counts.away.tolist() == [0] * STAGES
     assert counts.oldest_ready_ns.tolist() == [NEVER] * STAGES
+
+
+def test_a_row_passed_over_in_many_passes_makes_its_stage_overdue() -> None:
+    lot = lot_of(Clock())
+    parked(lot, 2)
+    send(lot, 1, 3)
+    lot.answered(0, sequences(0))
+    for _ in range(3):
+        lot.end_pass()
+        assert lot.by_stage().overdue == ()
+    lot.end_pass()
+    assert lot.by_stage().overdue == (0, 3)  # stage 0's row has waited for longer
+    lot.send_away(lot.board(3, 1), 4)
+    assert lot.by_stage().overdue == (0,)
+
+
+def test_answers_are_timed_from_sending_and_told_apart_by_the_next_boarding() -> None:
+    clock = Clock()
+    lot = lot_of(clock)
+    parked(lot, 2)
+    send(lot, 1, 1)
+    sent_ns = clock.now_ns
+    clock.now_ns += 1000
+    lot.answered(0, sequences(0))
+    assert lot.by_stage().answer_ns == clock.now_ns - sent_ns
+    in_time = lot.by_stage().in_time
+    assert in_time > 0
+    send(lot, 1, 1)
+    lot.board(1, 1)
+    lot.answered(0, sequences(1))
+    assert lot.by_stage().in_time < in_time
+
+
+def test_a_queue_that_goes_round_keeps_its_order() -> None:
+    lot = lot_of(Clock(), rows=3)
+    requests = parked(lot, 3)
+    for _ in range(5):
+        boarded = lot.board(0, 2)
+        assert boarded.tolist() == [requests[0].row, requests[1].row]
+        for made in requests[:2]:
+            lot.next_token(made.row, token=1, position=6)
+        requests = [requests[2], *requests[:2]]
+        lot.check_integrity()
 
 
 def _forget_a_request(lot: ParkingLot, made: Request) -> None:

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.engine_states import PAGE_TOKENS, STAGES, request, states
 
+from omniserve.gpuworker import placement as policy
 from omniserve.gpuworker.engine_state import EngineState, Limits
-from omniserve.gpuworker.placement import Moves, Placement, decide
+from omniserve.gpuworker.placement import Moves, Placement, Rules
 from omniserve.gpuworker.requests import Place, Request
 
 placements: st.SearchStrategy[Placement] = st.sampled_from(["auto", "device", "host"])
@@ -46,6 +47,10 @@ def hosts(draw: st.DrawFn) -> Host:
     )
 
 
+def decide(state: EngineState, host: Host, placement: Placement) -> Moves:
+    return policy.decide(state, host, Rules(placement))
+
+
 def resident(name: str, pages: int = 2, *, leaving: bool = False, server: int = 0) -> Request:
     made = request(name, Place.DEVICE, prompt=8, generated=4, blocks=pages, server=server)
     made.leaving = leaving
@@ -65,7 +70,8 @@ def state_with(free: int, *residents: Request, **queues: list[Request]) -> Engin
     state.limits = Limits(be_device_kv_share=1.0)
     state.be_device.extend(residents)
     for name, requests in queues.items():
-        getattr(state, name).extend(requests)
+        for waiting in requests:
+            getattr(state, name).append(waiting)
     return state
 
 

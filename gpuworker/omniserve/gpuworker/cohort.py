@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.requests import Request
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """Tokens `start .. start + tokens - 1` of a request; a decode step has one token."""
 
     request: Request
@@ -33,6 +33,7 @@ class Cohort:
 
     def __init__(self, chunks: Sequence[Chunk], page_tokens: int) -> None:
         self.chunks = tuple(chunks)
+        self.load = load_of(chunks)
         self.stage = 0
         self.residual: torch.Tensor | None = None
         self.attention: torch.Tensor | None = None
@@ -59,12 +60,16 @@ class Cohort:
         """Requests whose next token this cohort's last stage yields."""
         self.sampled_rows = torch.from_numpy(last_rows[finishing].astype(np.int64))
 
-    @property
-    def decode_kv_tokens(self) -> int:
-        """KV tokens that one layer of decode rows reads."""
-        return sum(c.end for c in self.chunks if c.tokens == 1)
 
-    @property
-    def prefill_kv_pairs(self) -> int:
-        """Query x KV token pairs of one layer of prefill rows."""
-        return sum(c.tokens * (c.start + c.end) // 2 for c in self.chunks if c.tokens > 1)
+def load_of(chunks: Sequence[Chunk]) -> Load:
+    """The work of `chunks` in one pass."""
+    rows = decode_rows = sampled = kv_tokens = pairs = 0
+    for request, start, tokens in chunks:
+        rows += tokens
+        if tokens == 1:
+            decode_rows += 1
+            kv_tokens += start + 1
+        else:
+            pairs += tokens * (2 * start + tokens) // 2
+        sampled += start + tokens == request.known
+    return Load(rows, decode_rows, sampled, kv_tokens, pairs)

@@ -1,8 +1,8 @@
 """The engine: a loop over stages. Receive, decide, run the stages, publish.
 
 Runs in its own process, single-threaded; nothing in the loop blocks except waiting for the bell
-when there is nothing to do. See `lifecycle` for what requests go through, `scheduler` and
-`placement` for the policies.
+when there is nothing to do. See `lifecycle` for what requests go through, `policies` for who
+decides.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from collections.abc import Callable
 import torch
 
 from omniserve.attnkernel import Bell
-from omniserve.gpuworker import placement, scheduler
+from omniserve.gpuworker import boarding, deadlines
 from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
-from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.inbox import Inbox
-from omniserve.gpuworker.latency_model import LatencyModel
+from omniserve.gpuworker.iteration_log import IterationLog
+from omniserve.gpuworker.latency_model import LatencyModel, Load
 from omniserve.gpuworker.lifecycle import Lifecycle, Path
 from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import Rows
+from omniserve.gpuworker.plan import Plan
+from omniserve.gpuworker.policies import Policy
 from omniserve.gpuworker.requests import Request
 from omniserve.gpuworker.sampling import logprobs, sample
-from omniserve.gpuworker.scheduler import Plan
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.stages import StageRunner
 
 _IDLE_WAIT_US = 50_000
-# Ready rows may wait for others of their stage, but not for long (scheduler.PATIENCE_NS).
-_WAIT_US = scheduler.PATIENCE_NS // 1000
+# Ready rows may wait for others of their stage, but not for long (boarding.PATIENCE_NS).
+_WAIT_US = boarding.PATIENCE_NS // 1000
+# How long a stage of a lockstep plan waits for answers: a stopped server must not stop LS.
+_LOCKSTEP_NS = 100_000_000
 
 
 class Engine:
@@ -41,23 +44,29 @@ class Engine:
         settings: WorkerSettings,
         device: CpuDevice,
         model: LatencyModel,
+        policy: Policy,
         channel: EngineChannel,
         bell: Bell,
         clock_ns: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._model = model
+        self._policy = policy
         self._bell = bell
         self._clock_ns = clock_ns
         self._outbox = Outbox(channel)
         self._lifecycle = Lifecycle(settings, device, self._outbox, clock_ns)
+        self._lifecycle.placement = policy.placement
         self._inbox = Inbox(channel, self._lifecycle)
         self._state = self._lifecycle.state
         self._counters = self._lifecycle.counters
         self._parking = self._lifecycle.parking
         self._stages = StageRunner(device, self._parking, self._lifecycle.servers)
         self._be_cohort: Cohort | None = None
+        self._log = IterationLog(settings.iteration_log)
         self._idle = False
+        self._rung = bell.value()
+        self._look_again = False
 
     def run(self) -> None:
         """Serves until the front says to stop."""
@@ -65,19 +74,21 @@ class Engine:
             seen = self._bell.value()
             self._inbox.drain()
             self._lifecycle.take_answers()
-            self._move()
+            gave_back = self._move()
             now = self._clock_ns()
-            plan = scheduler.decide(
-                self._observed(), self._model, now, self._settings.prefill_chunk_tokens_max
-            )
+            # Memory came free for LS: nothing else starts before it is decided who gets it.
+            plan = None if gave_back else self._policy.plan(self._state, self._model, now)
             if plan is not None:
                 self._run_pass(plan, now)
             self._publish(now)
-            if plan is None:
+            if plan is None and not gave_back:
                 self._rest(seen)
         self._lifecycle.check_integrity()
+        self._log.write()
 
-    def _run_pass(self, plan: Plan, started_ns: int) -> None:
+    def _run_pass(self, plan: Plan, decided_ns: int) -> None:
+        """Runs the plan's stages; BE leaves at a stage boundary if a newcomer needs the time."""
+        self._log.begin(plan, decided_ns)  # predictions are recorded before anything runs
         ls = Cohort(plan.ls, self._settings.page_tokens) if plan.ls else None
         if plan.be:
             self._be_cohort = Cohort(plan.be, self._settings.page_tokens)
@@ -85,39 +96,73 @@ class Engine:
         self._count_starts(plan)
         unused = 0
         cut_short = False
-        for stage in plan.stages:
-            cohorts = [ls] if ls else []
+        for ran, stage in enumerate(plan.stages, 1):
+            cohorts = [ls] if ls is not None and ls.stage == stage else []
             be = self._be_cohort
             if be is not None and be.stage == stage < plan.be_until:
                 cohorts.append(be)
+            if plan.lockstep:
+                self._await_answers(stage, plan.allowance(stage))
             # Allowance that a stage leaves unused carries to later stages of the pass.
-            allowance = plan.allowance + unused if plan.allowance else 0
-            boarded = self._parking.board(stage, allowance)
-            unused = allowance - len(boarded)
+            unused += plan.allowance(stage)
+            boarded = self._parking.board(stage, min(unused, plan.boarding_most))
+            unused -= len(boarded)
             if cohorts or len(boarded):
                 logits = self._stages.run(stage, cohorts, boarded)
                 self._count(ls is not None, boarded)
                 if logits is not None:
                     self._accept(cohorts, boarded, logits)
-            self._lifecycle.take_answers()
-            if self._inbox.urgent() and stage + 1 < self._state.stages:
-                plan = plan.without_best_effort()
-                cut_short = True
-                if ls is None:
-                    break
-        self._finish_pass(plan, ls, started_ns, cut_short)
+            if self._was_rung():
+                self._lifecycle.take_answers()
+                left = len(plan.stages) - ran
+                if not cut_short and left and self._must_yield(plan, left):
+                    plan = plan.without_best_effort()
+                    cut_short = True
+                    if ls is None:
+                        break
+        self._finish_pass(plan, ls, decided_ns, cut_short)
 
-    def _finish_pass(self, plan: Plan, ls: Cohort | None, started_ns: int, cut_short: bool) -> None:
+    def _finish_pass(self, plan: Plan, ls: Cohort | None, decided_ns: int, cut_short: bool) -> None:
         if ls is not None:
             self._lifecycle.arrived(ls)
+            self._parking.end_pass()
         if self._be_cohort is not None and self._be_cohort.stage == self._state.stages:
             self._lifecycle.arrived(self._be_cohort)
             self._be_cohort = None
-        elapsed = self._clock_ns() - started_ns
+        elapsed = self._clock_ns() - decided_ns
         self._counters.passes += ls is not None
         self._counters.busy_ns += elapsed
+        self._log.end(elapsed, cut_short)
         if not cut_short:
-            self._model.observe(plan.predicted_ns, elapsed)
+            self._model.observe(plan.regime, plan.rows, plan.predicted_ns, elapsed)
+
+    def _was_rung(self) -> bool:
+        """Whether a command or an answer has come since the last time: spares looking.
+
+        A command may reach its queue a moment after the bell: it is looked for twice.
+        """
+        rung = self._bell.value()
+        news = rung != self._rung
+        self._rung = rung
+        look, self._look_again = news or self._look_again, news
+        return look
+
+    def _must_yield(self, plan: Plan, stages_left: int) -> bool:
+        arrivals = self._inbox.arrivals()
+        return bool(arrivals) and deadlines.must_yield(
+            plan, stages_left, arrivals, self._state, self._model, self._clock_ns()
+        )
+
+    def _await_answers(self, stage: int, allowance: int) -> None:
+        """Waits until the rows that may board `stage` have their attention, but not for ever."""
+        parking = self._parking
+        wanted = min(allowance, parking.ready_at(stage) + parking.away_at(stage))
+        until_ns = self._clock_ns() + _LOCKSTEP_NS
+        while parking.ready_at(stage) < wanted and self._clock_ns() < until_ns:
+            seen = self._bell.value()
+            self._lifecycle.take_answers()
+            if parking.ready_at(stage) < wanted:
+                self._bell.wait(seen, _WAIT_US)
 
     def _accept(self, cohorts: list[Cohort], boarded: Rows, logits: torch.Tensor) -> None:
         """Samples the rows of the last stage and hands each request its token."""
@@ -154,27 +199,42 @@ class Engine:
                 self._counters.ls_started += 1
                 self._counters.ls_queue_ns += now - request.arrival_ns
 
-    def _move(self) -> None:
-        """Frees and grants memory before the pass."""
-        life = self._lifecycle
-        life.carry_out(placement.decide(self._observed(), life, life.placement))
+    def _move(self) -> bool:
+        """Frees and grants memory before the pass, and brings the state's gauges up to date.
+
+        Returns whether memory came free that only the next decision knows of.
+        """
+        life, state = self._lifecycle, self._state
+        state.blocks_free = life.blocks.free
+        moves = self._policy.moves(state, life)
+        life.carry_out(moves)
         life.move_at_random()
         life.transfer()
-
-    def _observed(self) -> EngineState:
-        """Returns the state with its gauges brought up to date."""
-        state = self._state
-        state.blocks_free = self._lifecycle.blocks.free
+        state.blocks_free = life.blocks.free
         state.parked = self._parking.by_stage()
+        self._observe_cohort()
+        if deadlines.must_call_off(state, self._model, self._clock_ns()):
+            self._call_off()
+            return True
+        return bool(moves.abandon)
+
+    def _call_off(self) -> None:
+        """Gives up the BE cohort that rests: its rows run anew, its prompt may lose its memory."""
         cohort = self._be_cohort
-        state.be_cohort_stage = cohort.stage if cohort is not None else -1
-        state.be_cohort_rows = cohort.rows if cohort is not None else 0
-        return state
+        assert cohort is not None, "calling off a cohort that is not there"
+        self._lifecycle.called_off(cohort)
+        self._be_cohort = None
+        self._observe_cohort()
+
+    def _observe_cohort(self) -> None:
+        cohort = self._be_cohort
+        self._state.be_cohort_stage = cohort.stage if cohort is not None else -1
+        self._state.be_cohort = cohort.load if cohort is not None else Load()
 
     def _publish(self, now_ns: int) -> None:
         waits = sum(server.link.ring_waits for server in self._lifecycle.servers)
         self._outbox.publish(
-            self._observed(), self._model, self._counters, self._parking.parked, waits, now_ns
+            self._state, self._model, self._counters, self._parking.parked, waits, now_ns
         )
 
     def _rest(self, seen: int) -> None:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import signal
 import socket
 import time
+from pathlib import Path
 
 import torch
 
+from omniserve import attnkernel
 from omniserve.attnkernel import Bell
 from omniserve.errors import OmniServeError
-from omniserve.gpuworker import profiler
+from omniserve.gpuworker import latency_cache, profiler
 from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.engine import Engine
 from omniserve.gpuworker.latency_model import LatencyModel
 from omniserve.gpuworker.model.weights import load_weights, open_model
+from omniserve.gpuworker.policies import POLICIES, Options
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import attention_pb2, engine_pb2
+from omniserve.latency import LatencyProfile
 
 _PR_SET_PDEATHSIG = 1
 
@@ -48,9 +53,15 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engi
     pages = settings.device_kv_tokens // settings.page_tokens
     weights = load_weights(model, getattr(torch, settings.dtype))
     device = CpuDevice(config, weights, pages, settings.page_tokens, settings.threads)
-    profile = profiler.measure(device, settings.model, settings.page_tokens, pages)
-    latency = LatencyModel(profile, config.layers)
-    engine = Engine(settings, device, latency, channel, bell, time.monotonic_ns)
+    latency = LatencyModel(_profile(settings, device, pages), config.layers)
+    has_servers = bool(settings.attention_server_addresses)
+    options = Options(
+        settings.prefill_chunk_tokens_max,
+        settings.be_placement if has_servers else "device",
+        settings.reserve_headroom,
+    )
+    policy = POLICIES[settings.policy](options)
+    engine = Engine(settings, device, latency, policy, channel, bell, time.monotonic_ns)
     device_tokens = pages * settings.page_tokens
     ready = engine_pb2.EngineReady(
         model=settings.model,
@@ -74,6 +85,37 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engi
     )
     channel.send(engine_pb2.EngineEvent(ready=ready))
     return engine
+
+
+def _profile(settings: WorkerSettings, device: CpuDevice, pages: int) -> LatencyProfile:
+    """Returns the stages' times, measured now if this is the first start of its kind."""
+    config = device.config
+    core = Path(attnkernel.__path__[0]).glob("_core*.so")
+    build = [f"{stat.st_size}-{stat.st_mtime_ns}" for stat in sorted(c.stat() for c in core)]
+    shape = (config.layers, config.hidden, config.intermediate, config.vocabulary)
+    heads = (config.heads, config.kv_heads, config.head_dim)
+    key = latency_cache.ProfileKey(
+        hardware=_cpu_name(),
+        model_shape=(*shape, *heads, settings.page_tokens),
+        dtype=settings.dtype,
+        threads=settings.threads,
+        kernel=" ".join([attnkernel.kernel_name(), *build]),
+    )
+    return latency_cache.cached(
+        settings.latency_cache_dir,
+        key,
+        lambda: profiler.measure(device, key.hardware, settings.model, settings.page_tokens, pages),
+    )
+
+
+def _cpu_name() -> str:
+    """As the kernel calls it; the architecture where it does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
 
 
 def _die_with_parent() -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.parking import StageCounts
-from omniserve.gpuworker.requests import Place, Request
+from omniserve.gpuworker.queues import ByArrival, FairQueue
+from omniserve.gpuworker.requests import Request
 
 
 @dataclass(frozen=True)
@@ -31,21 +33,24 @@ class EngineState:
     limits: Limits = field(default_factory=Limits)
     ls_waiting: deque[Request] = field(default_factory=deque)
     ls_running: list[Request] = field(default_factory=list)
-    be_waiting: deque[Request] = field(default_factory=deque)
-    be_device: list[Request] = field(default_factory=list)
-    """PREFILLING or DEVICE, oldest first."""
-    be_host: list[Request] = field(default_factory=list)
-    """HOST or RESTORING, oldest first."""
+    be_waiting: FairQueue = field(default_factory=FairQueue)
+    be_device: ByArrival = field(default_factory=ByArrival)
+    """PREFILLING or DEVICE."""
+    be_host: ByArrival = field(default_factory=ByArrival)
+    """HOST or RESTORING."""
+    be_restoring: list[Request] = field(default_factory=list)
+    """Those of `be_host` that are RESTORING."""
     be_cohort_stage: int = -1
     """Next stage of the BE cohort under way; -1 if there is none."""
-    be_cohort_rows: int = 0
+    be_cohort: Load = field(default_factory=Load)
+    """Work of the BE cohort under way in a whole pass."""
     parked: StageCounts = field(default_factory=lambda: StageCounts.empty(0))
 
     @property
     def be_blocks(self) -> int:
         """Device pages that BE requests hold."""
-        held = sum(len(r.blocks) for r in self.be_device)
-        return held + sum(len(r.blocks) for r in self.be_host if r.place is Place.RESTORING)
+        held = sum([len(r.blocks) for r in self.be_device])
+        return held + sum([len(r.blocks) for r in self.be_restoring])
 
     @property
     def be_blocks_max(self) -> int:

@@ -167,7 +167,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             worker_id=settings.worker_id,
             model=ready.model,
             device=settings.device,
-            policy="omniserve",
+            policy=settings.policy,
             telemetry=self.telemetry,
             attention_servers=self._server_stats(),
         )

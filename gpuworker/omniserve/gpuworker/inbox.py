@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from omniserve.gpuworker.channel import EngineChannel
+from omniserve.gpuworker.deadlines import Arrival
 from omniserve.gpuworker.engine_state import Limits
 from omniserve.gpuworker.lifecycle import Lifecycle
 from omniserve.gpuworker.requests import Request
@@ -22,16 +23,14 @@ class Inbox:
         self._pending: list[engine_pb2.EngineCommand] = []
         self.stopping = False
 
-    def urgent(self) -> bool:
-        """Whether an LS request has arrived since the last `drain`."""
-        arrived = self._channel.receive_if_rung()
-        self._pending.extend(arrived)
-        return any(_is_ls_submit(command) for command in arrived)
+    def arrivals(self) -> list[Arrival]:
+        """LS requests that have come since the last `drain`."""
+        self._pending += self._channel.receive_if_rung()
+        return [_arrival(command) for command in self._pending if _is_ls(command)]
 
     def drain(self) -> None:
         """Applies every command that has arrived."""
-        commands = [*self._pending, *self._channel.receive()]
-        self._pending.clear()
+        commands, self._pending = [*self._pending, *self._channel.receive()], []
         for command in commands:
             kind = command.WhichOneof("command")
             if kind == "submit":
@@ -46,11 +45,16 @@ class Inbox:
                 self.stopping = True
 
 
-def _is_ls_submit(command: engine_pb2.EngineCommand) -> bool:
+def _is_ls(command: engine_pb2.EngineCommand) -> bool:
     return (
         command.WhichOneof("command") == "submit"
         and command.submit.service_class != types_pb2.SERVICE_CLASS_BEST_EFFORT
     )
+
+
+def _arrival(command: engine_pb2.EngineCommand) -> Arrival:
+    submit = command.submit
+    return Arrival(command.sent_ns, len(submit.prompt_token_ids), int(submit.slo.ttft_ms * 1e6))
 
 
 def _request(submit: worker_pb2.WorkerServiceGenerateRequest, arrival_ns: int) -> Request:

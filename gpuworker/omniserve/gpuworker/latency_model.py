@@ -1,25 +1,43 @@
 """Predicts what a pass costs (OmniServe's f_D and f_A): a staircase in rows, linear in KV read.
 
-Fitted by a short profile at start, corrected online by one factor. Pure; no torch.
+Fitted by a short profile at the first start, corrected online for each regime. Pure; no torch.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from omniserve.latency import LatencyProfile
 
-# How fast the online factor follows, and how far one observation may pull it: an outlier (a
-# descheduled process) must not look like a slower machine, a slower machine must not look like
-# one outlier after another.
-_CORRECTION_GAIN = 0.05
-_OUTLIER = 2.0
+# How fast a factor follows once it has seen a few iterations, and how far one of them may pull
+# it: an outlier (a descheduled process) must not look like a slower machine, a slower machine
+# must not look like one outlier after another.
+_GAIN = 0.05
+_OUTLIER = 1.5
+# Row counts 2^n .. 2^(n + 1) - 1 share a factor; the last one is that of all larger counts.
+_SIZES = 12
 
 
-@dataclass(frozen=True)
+class Regime(enum.IntEnum):
+    """What an iteration consists of. An error of the model in one says nothing of the others."""
+
+    LS_DECODE = 0
+    LS_PREFILL = 1
+    """LS rows, a prompt's among them, perhaps with boarded rows."""
+    BOARDING = 2
+    """LS decode rows and boarded rows."""
+    BE_COHORT = 3
+    """LS rows and best-effort rows that attend on the device, perhaps with boarded rows."""
+    BE_PASS = 4
+    """Best-effort rows that attend on the device, without LS."""
+    BE_STAGE = 5
+    """One stage of parked rows, without LS."""
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """Work of a set of fixed rows, additive."""
 
@@ -45,59 +63,127 @@ class Load:
 
     @staticmethod
     def prefill(start: int, tokens: int, *, last: bool) -> Load:
-        """A chunk of `tokens` behind `start` tokens of context."""
+        """A chunk of `tokens` behind `start` tokens of context; one token attends as decode."""
+        if tokens == 1:
+            return Load(1, 1, int(last), start + 1, 0)
         return Load(tokens, 0, int(last), 0, tokens * (2 * start + tokens) // 2)
 
 
+class Staircase:
+    """Time of a stage against rows, as a list over every row count up to the largest measured.
+
+    Between measured counts it is interpolated. It never falls: what was measured lower with more
+    rows was measured on a quieter host.
+    """
+
+    def __init__(self, rows: tuple[int, ...], times_ns: tuple[float, ...]) -> None:
+        steps = np.maximum.accumulate(np.asarray(times_ns, dtype=np.float64))
+        counts = np.arange(rows[-1] + 1)
+        self._ns: list[float] = np.interp(counts, rows, steps).tolist()
+        self._ns[0] = 0.0
+        self._last = rows[-1]
+
+    def __getitem__(self, rows: int) -> float:
+        if rows > self._last:  # beyond the profile cost grows with rows
+            return self._ns[-1] * rows / self._last
+        return self._ns[rows]
+
+    def most_rows(self, budget_ns: float, rows: int, limit: int) -> int:
+        """Largest n <= limit for which n rows beside `rows` add at most `budget_ns`."""
+        if budget_ns < 0:
+            return 0
+        most_ns = self[rows] + budget_ns
+        if self[rows + limit] <= most_ns:
+            return limit
+        low, high = 0, limit
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self[rows + middle] <= most_ns:
+                low = middle
+            else:
+                high = middle
+        return low
+
+    def rows_for_rate(self, rows: int, part: float) -> int:
+        """Fewest rows that reach `part` of the rows per second of a stage with `rows`."""
+        rate = part * rows / self[rows]
+        low, high = 0, rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if middle >= rate * self[middle]:
+                high = middle
+            else:
+                low = middle
+        return high
+
+
 class LatencyModel:
-    """Cost of stages and passes, in ns, as a function of their load."""
+    """Cost of stages and passes, in ns, as a function of their load.
+
+    `pass_ns` and `stage_ns` are what the profile says; times `factor` they are the prediction.
+    """
 
     def __init__(self, profile: LatencyProfile, layers: int) -> None:
         self.profile = profile
-        self.correction = 1.0
-        self._layers = layers
-        self._rows = np.asarray(profile.rows, dtype=np.float64)
-        self._first = np.asarray(profile.first_stage_ns)
-        self._middle = np.asarray(profile.middle_stage_ns)
-        self._last = np.asarray(profile.last_stage_ns)
+        self.layers = layers
+        self.first = Staircase(profile.rows, profile.first_stage_ns)
+        self.middle = Staircase(profile.rows, profile.middle_stage_ns)
+        self.last = Staircase(profile.rows, profile.last_stage_ns)
+        self._factors = [[1.0] * _SIZES for _ in Regime]
+        self._seen = [[0] * _SIZES for _ in Regime]
 
     def pass_ns(self, load: Load, boarded_rows: int = 0) -> float:
-        """A whole pass with `load` in it and `boarded_rows` boarding each stage."""
-        if load.rows + boarded_rows == 0:
+        """A whole pass with `load` in it and `boarded_rows` boarding each stage, uncorrected."""
+        rows = load.rows + boarded_rows
+        if rows == 0:
             return 0.0
-        dense = (
-            self._at(self._first, load.rows + boarded_rows)
-            + self._at(self._middle, load.rows + boarded_rows) * (self._layers - 1)
-            + self._at(self._last, load.sampled + boarded_rows)
-        )
         profile = self.profile
-        attention = self._layers * (
+        attention = (
             load.decode_rows * profile.attend_row_ns
             + load.decode_kv_tokens * profile.attend_kv_token_ns
             + load.prefill_kv_pairs * profile.attend_pair_ns
         )
-        return self.correction * (dense + attention)
+        return (
+            self.first[rows]
+            + (self.layers - 1) * self.middle[rows]
+            + self.last[load.sampled + boarded_rows]
+            + self.layers * attention
+        )
 
     def stage_ns(self, stage: int, rows: int) -> float:
-        """The dense part of one stage."""
-        times = self._middle
-        if stage == 0:
-            times = self._first
-        elif stage == self._layers:
-            times = self._last
-        return self.correction * self._at(times, rows)
+        """The dense part of one stage, uncorrected."""
+        return self.staircase(stage)[rows]
 
-    def observe(self, predicted_ns: float, measured_ns: float) -> None:
-        """Corrects the model by one plan that was predicted and measured."""
+    def staircase(self, stage: int) -> Staircase:
+        if stage == 0:
+            return self.first
+        return self.last if stage == self.layers else self.middle
+
+    def factor(self, regime: Regime, rows: int) -> float:
+        """By how much iterations of this kind, with `rows` fixed rows, exceed the profile."""
+        return self._factors[regime][_size(rows)]
+
+    def observe(self, regime: Regime, rows: int, predicted_ns: float, measured_ns: float) -> None:
+        """Corrects the factor that `predicted_ns` was made with by how long it took instead."""
         if predicted_ns <= 0 or measured_ns <= 0:
             return
+        size = _size(rows)
+        factors, seen = self._factors[regime], self._seen[regime]
+        gain = max(_GAIN, 0.5 / (seen[size] + 1))
         ratio = min(max(measured_ns / predicted_ns, 1 / _OUTLIER), _OUTLIER)
-        self.correction *= 1 + _CORRECTION_GAIN * (ratio - 1)
+        factors[size] *= 1 + gain * (ratio - 1)
+        seen[size] += 1
+        if seen[size] == 1:
+            # Sizes not met yet are likely off as their nearest neighbour is.
+            met = [s for s in range(_SIZES) if seen[s]]
+            for other in range(_SIZES):
+                factors[other] = factors[_nearest(met, other)]
 
-    def _at(self, times: npt.NDArray[np.float64], rows: int) -> float:
-        if rows == 0:
-            return 0.0
-        last = self._rows[-1]
-        if rows > last:  # beyond the profile cost grows with rows
-            return float(times[-1] * rows / last)
-        return float(np.interp(rows, self._rows, times))
+
+def _nearest(sizes: list[int], size: int) -> int:
+    """Returns `size` itself if it is among `sizes`."""
+    return min(sizes, key=lambda met: abs(met - size))
+
+
+def _size(rows: int) -> int:
+    return min(rows.bit_length(), _SIZES - 1)

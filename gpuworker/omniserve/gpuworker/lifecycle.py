@@ -20,6 +20,7 @@ from omniserve.gpuworker.kv.device_blocks import DeviceBlocks
 from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.placement import Moves, Placement
+from omniserve.gpuworker.queues import ByArrival, FairQueue
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.telemetry import Counters
@@ -114,10 +115,16 @@ class Lifecycle:
             request = chunk.request
             self.blocks.computed_to(request, chunk.end)
             request.in_cohort = False
-            if request.place is Place.PREFILLING and request.generated > 0:
-                request.place = Place.DEVICE
             if request.generated > 0 and request.known == chunk.end + 1:
+                if request.place is Place.PREFILLING:
+                    request.place = Place.DEVICE
                 self._end_if_finished(request)
+
+    def called_off(self, cohort: Cohort) -> None:
+        """A cohort that rested between two stages goes no further: its rows will run again."""
+        for chunk in cohort.chunks:
+            chunk.request.in_cohort = False
+        self.counters.recomputed_tokens += cohort.rows
 
     def _end_if_finished(self, request: Request) -> None:
         if not request.ignore_eos and int(request.tokens[request.known - 1]) in self._eos:
@@ -127,8 +134,11 @@ class Lifecycle:
 
     def _end(self, request: Request, reason: types_pb2.FinishReason, error: str = "") -> None:
         """Gives back all that `request` holds and says so to the front."""
-        queue = self._queue_of(request)
-        queue.remove(request)
+        self._queue_of(request).remove(request)
+        if not request.latency_sensitive and request.place is not Place.WAITING:
+            self.state.be_waiting.settle(request)
+        if request.place is Place.RESTORING:
+            self.state.be_restoring.remove(request)
         if request.row >= 0:
             self.parking.remove(request)
         self.blocks.release(request)
@@ -139,7 +149,7 @@ class Lifecycle:
         del self._requests[request.request_id]
         self._outbox.ended(request, reason, error)
 
-    def _queue_of(self, request: Request) -> deque[Request] | list[Request]:
+    def _queue_of(self, request: Request) -> deque[Request] | list[Request] | FairQueue | ByArrival:
         state = self.state
         if request.latency_sensitive:
             return state.ls_waiting if request.place is Place.WAITING else state.ls_running
@@ -270,10 +280,11 @@ class Lifecycle:
                 self.counters.checkpointed_tokens += tokens
                 if request.mirrored_sent // page_tokens > request.mirrored // page_tokens:
                     self._look_at_mirror(request)
-        for request in [r for r in self.state.be_host if r.place is Place.RESTORING]:
+        for request in list(self.state.be_restoring):
             self.host.restore(request)
             if request.restored == request.computed and request.transfers == 0:
                 self.parking.remove(request)
+                self.state.be_restoring.remove(request)
                 self.state.be_host.remove(request)
                 self.state.be_device.append(request)
                 self.blocks.promoted(request)
@@ -303,7 +314,7 @@ class Lifecycle:
             return
         if reserve:
             self.host.reserve(request)
-        self.state.be_waiting.remove(request)
+        self.state.be_waiting.start(request)
         self._start(request, tokens)
         self.state.be_device.append(request)
 
@@ -320,11 +331,14 @@ class Lifecycle:
         self.parking.hold(request.row)
         self.blocks.promote(request)
         request.place = Place.RESTORING
+        self.state.be_restoring.append(request)
         self.counters.promotions += 1
 
     def _requeue(self, request: Request) -> None:
         """Back to the head of the queue; what it does not find cached is computed again."""
         self._queue_of(request).remove(request)
+        if request.place is Place.RESTORING:
+            self.state.be_restoring.remove(request)
         request.dropped = request.computed
         self.blocks.release(request)
         self.host.release(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -15,56 +14,51 @@ from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.requests import Request
 from omniserve.latency import LatencyProfile
 
-_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Few passes sample more rows than this; the LM head costs as much as many layers.
+_SAMPLED_MAX = 128
+# Larger row counts are left out if the smaller ones have taken this long.
+_TIME_S = 15.0
 _REPEATS = 5
 _CONTEXT = 256
+_DECODE_ROWS = 8
 
 
-def measure(device: CpuDevice, model: str, page_tokens: int, pages: int) -> LatencyProfile:
-    """Runs every kind of stage at growing row counts; takes a few seconds.
+def measure(
+    device: CpuDevice, hardware: str, model: str, page_tokens: int, pages: int
+) -> LatencyProfile:
+    """Runs every kind of stage at growing row counts; takes well under 30 s.
 
     Uses the device KV as scratch space, so it must run before the first request.
     """
-    layers = device.config.layers
     first: list[float] = []
     middle: list[float] = []
     last: list[float] = []
+    until = time.monotonic() + _TIME_S
     for rows in _ROWS:
-        tokens = torch.zeros(rows, dtype=torch.int64)
-        positions = torch.arange(rows) % device.config.context_tokens
-        residual = torch.randn(rows, device.config.hidden).to(device.dtype)
-        attention = torch.randn(rows, device.config.q_size).to(device.dtype)
+        if time.monotonic() > until:
+            break
+        stages = _Stages(device, rows)
         repeats = _REPEATS if rows <= 64 else 2
-
-        def run_first(tokens: torch.Tensor = tokens, at: torch.Tensor = positions) -> None:
-            device.enter_layer(0, device.embed(tokens), at)
-
-        def run_middle(
-            layer: int,
-            x: torch.Tensor = residual,
-            a: torch.Tensor = attention,
-            at: torch.Tensor = positions,
-        ) -> None:
-            device.enter_layer(layer + 1, device.leave_layer(layer, x, a), at)
-
-        def run_last(x: torch.Tensor = residual, a: torch.Tensor = attention) -> None:
-            device.logits(device.leave_layer(layers - 1, x, a))
-
-        first.append(_undisturbed_ns(run_first, repeats))
+        first.append(_undisturbed_ns(stages.first, repeats))
         # Other layers each time: a stage finds its weights in memory, not in a cache. A low
         # percentile: other processes only ever add.
-        samples = [_undisturbed_ns(partial(run_middle, layer), 1) for layer in range(layers - 1)]
-        middle.append(float(np.percentile(samples, 25)))
-        last.append(_undisturbed_ns(run_last, repeats) if rows <= 64 else last[-1] * 2)
-    context = min(_CONTEXT, pages * page_tokens // 2)
+        layers = range(device.config.layers - 1)
+        samples = [_undisturbed_ns(partial(stages.middle, layer), 1) for layer in layers]
+        middle.append(float(np.percentile(samples, 25)) if samples else first[-1])
+        if rows <= _SAMPLED_MAX:
+            last.append(_undisturbed_ns(stages.last, repeats))
+        else:
+            last.append(last[-1] * rows / _ROWS[len(last) - 1])
+    context = min(_CONTEXT, pages * page_tokens // _DECODE_ROWS)
     row_ns, token_ns = _decode_attention(device, context, page_tokens)
     chunk = Cohort([_chunk(0, context, page_tokens)], page_tokens)
     pair_ns = _attention_ns(device, chunk) / (context * context / 2)
     return LatencyProfile(
-        hardware=platform.processor() or platform.machine(),
+        hardware=hardware,
         model=model,
         dtype=str(device.dtype).removeprefix("torch."),
-        rows=_ROWS,
+        rows=_ROWS[: len(first)],
         first_stage_ns=tuple(first),
         middle_stage_ns=tuple(middle),
         last_stage_ns=tuple(last),
@@ -74,23 +68,48 @@ def measure(device: CpuDevice, model: str, page_tokens: int, pages: int) -> Late
     )
 
 
+class _Stages:
+    """The dense part of each kind of stage, with `rows` made-up rows."""
+
+    def __init__(self, device: CpuDevice, rows: int) -> None:
+        config = device.config
+        self._device = device
+        self._tokens = torch.zeros(rows, dtype=torch.int64)
+        self._positions = torch.arange(rows) % config.context_tokens
+        self._residual = torch.randn(rows, config.hidden).to(device.dtype)
+        self._attention = torch.randn(rows, config.q_size).to(device.dtype)
+
+    def first(self) -> None:
+        self._device.enter_layer(0, self._device.embed(self._tokens), self._positions)
+
+    def middle(self, layer: int) -> None:
+        residual = self._device.leave_layer(layer, self._residual, self._attention)
+        self._device.enter_layer(layer + 1, residual, self._positions)
+
+    def last(self) -> None:
+        layer = self._device.config.layers - 1
+        self._device.logits(self._device.leave_layer(layer, self._residual, self._attention))
+
+
 def _decode_attention(device: CpuDevice, context: int, page_tokens: int) -> tuple[float, float]:
-    """Returns (ns per decode row, ns per KV token read), from two context lengths."""
-    short, long = page_tokens, context
+    """Returns (ns per decode row, ns per KV token read), of a batch at two context lengths."""
+    short, long = min(page_tokens, context), context
     times = {}
     for tokens in (short, long):
-        cohort = Cohort([_chunk(tokens - 1, 1, page_tokens)], page_tokens)
-        times[tokens] = _attention_ns(device, cohort)
+        rows = [_chunk(tokens - 1, 1, page_tokens, row) for row in range(_DECODE_ROWS)]
+        times[tokens] = _attention_ns(device, Cohort(rows, page_tokens)) / _DECODE_ROWS
     if long == short:
         return times[short], 0.0
     token_ns = max(0.0, (times[long] - times[short]) / (long - short))
     return max(0.0, times[short] - token_ns * short), token_ns
 
 
-def _chunk(start: int, tokens: int, page_tokens: int) -> Chunk:
+def _chunk(start: int, tokens: int, page_tokens: int, owner: int = 0) -> Chunk:
+    """A chunk of a request that owns the `owner`-th lot of device pages."""
     end = start + tokens
     request = Request("profile", False, np.zeros(end, dtype=np.int64), end, 0, known=end)
-    request.blocks = list(range(-(-end // page_tokens)))
+    pages = -(-end // page_tokens)
+    request.blocks = list(range(owner * pages, (owner + 1) * pages))
     return Chunk(request, start, tokens)
 
 

@@ -100,6 +100,11 @@ class Request:
         return self.tokens[self.prompt_tokens - self.generated_before : self.known]
 
     @property
+    def job(self) -> str:
+        """What the ids of a job's items have in common: all before the last colon."""
+        return self.request_id.rpartition(":")[0]
+
+    @property
     def limit(self) -> int:
         """Prompt plus max_tokens."""
         return len(self.tokens)

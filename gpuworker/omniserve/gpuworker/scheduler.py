@@ -1,247 +1,271 @@
-"""The inner loop's policy: which rows run in the next pass, and how many may board each stage.
+"""The inner loop's decision: which rows run in the next iteration, and how many may board.
 
-`decide` is pure: the same state, model and time give the same plan. The order of claims is
+Pure: the same state, model and time give the same plan. The order of claims is
 LS decode > LS prefill chunks > BE prefill chunks > BE decode (OmniServe's online policy); what
-fits is found by binary search over the latency model.
+fits is found by binary search over the latency model. The policies (`policies/`) put their plans
+together from the parts here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from omniserve.gpuworker.cohort import Chunk
+from omniserve.gpuworker import boarding
+from omniserve.gpuworker.cohort import Chunk, load_of
+from omniserve.gpuworker.deadlines import budget_ns, prompts, streams_slack_ns
 from omniserve.gpuworker.engine_state import EngineState
-from omniserve.gpuworker.latency_model import LatencyModel, Load
-from omniserve.gpuworker.parking import StageCounts
+from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
+from omniserve.gpuworker.plan import Plan
 from omniserve.gpuworker.requests import Place, Request
 
 # BE work that attends on the device takes budget that boarding rows could use later in the pass:
 # it gets this part of what is left (OmniServe's stricter margin).
-_DEVICE_BE_SHARE = 0.7
-# An LS prompt advances by at least this much in every pass, or its own TTFT would starve.
-_LS_CHUNK_MIN = 16
-# How long parked rows wait for others of their stage.
-PATIENCE_NS = 5_000_000
-_COHORTS = 2
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One iteration. `stages` are run in order; BE leaves at any stage boundary if LS arrives."""
-
-    stages: range
-    ls: tuple[Chunk, ...] = ()
-    be: tuple[Chunk, ...] = ()
-    """Rows of a new BE cohort; empty if one is under way or none fits."""
-    be_until: int = 0
-    """The BE cohort, under way or new, runs the stages below this one that the pass meets."""
-    allowance: int = 0
-    """Parked rows that may board each stage."""
-    budget_ns: float = 0.0
-    predicted_ns: float = 0.0
-
-    def without_best_effort(self) -> Plan:
-        """The rest of the same pass with LS rows alone."""
-        return replace(self, be_until=0, allowance=0)
-
-
-def decide(
-    state: EngineState, model: LatencyModel, now_ns: int, prefill_tokens_max: int
-) -> Plan | None:
-    """Returns the next iteration, or None if nothing can run."""
-    ls = _ls_chunks(state, model, now_ns, prefill_tokens_max)
-    if ls:
-        return _beside_ls(state, model, now_ns, ls)
-    return _best_effort_only(state, model, now_ns, prefill_tokens_max)
-
-
-def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
-    """Least slack over LS requests: what the next pass may take.
-
-    Deadlines are those of an SLO tightened by the safety margin: a stream held to its last
-    millisecond misses by any hiccup. A running stream's slack is never more than what keeps its
-    next gap within 2 x TPOT. A waiting prompt's slack is what its TTFT leaves after its own
-    remaining prefill, but one TPOT at most: the passes after this one have streams to serve that
-    do not run yet.
-    """
-    aim = 1.0 - state.limits.safety_margin
-    slack = float("inf")
-    for request in state.ls_running:
-        if request.generated > 0:
-            slack = min(slack, _stream_slack_ns(request, aim, now_ns))
-        else:
-            left = Load.prefill(request.computed, request.known - request.computed, last=True)
-            spare = request.next_deadline_ns(aim) - now_ns - model.pass_ns(left)
-            slack = min(slack, spare, request.tpot_slo_ns * aim)
-    return slack
+DEVICE_BE_SHARE = 0.7
+# A chunk that is sure to run is at least this large: the most urgent LS prompt would starve.
+_CHUNK_MIN = 16
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """Returns the largest n in 0..limit for which `fits(n)`, which must be monotone."""
+    """Returns the largest n in 0..limit for which `fits(n)`, which should be monotone.
+
+    Where it is not, n is some number that fits.
+    """
+    if fits(limit):
+        return limit
     low, high = 0, limit
-    while low < high:
-        middle = (low + high + 1) // 2
+    while high - low > 1:
+        middle = (low + high) // 2
         if fits(middle):
             low = middle
         else:
-            high = middle - 1
+            high = middle
     return low
 
 
-def _ls_chunks(
+def ls_chunks(
     state: EngineState, model: LatencyModel, now_ns: int, prefill_tokens_max: int
 ) -> list[Chunk]:
     """All LS decode rows, and as many prompt tokens as the running streams' slack allows."""
-    decoding = [r for r in state.ls_running if r.generated > 0]
-    chunks = [_decode(r) for r in decoding]
-    load = sum((_load(c) for c in chunks), Load())
-    aim = 1.0 - state.limits.safety_margin
-    slack = min((_stream_slack_ns(r, aim, now_ns) for r in decoding), default=float("inf"))
+    chunks = [Chunk(r, r.computed, 1) for r in state.ls_running if r.known > r.prompt_tokens]
+    if len(chunks) == len(state.ls_running):
+        return chunks
+    load = load_of(chunks)
+    slack = streams_slack_ns(state, 1.0 - state.limits.safety_margin, now_ns)
     left = prefill_tokens_max
-    prompts = (r for r in state.ls_running if r.generated == 0)
-    for request in sorted(prompts, key=Request.next_deadline_ns):
-        rest = request.known - request.computed
-        least = min(rest, _LS_CHUNK_MIN)
-        size = min(max(_largest_chunk(model, load, request, min(rest, left), slack), least), left)
+    least = _CHUNK_MIN
+    for request in prompts(state):
+        limit = min(request.known - request.computed, left)
+        fitting = largest_chunk(model, load, request, limit, slack, Regime.LS_PREFILL)
+        size = max(fitting, min(limit, least))
         if size == 0:
             break
         chunks.append(Chunk(request, request.computed, size))
-        load += _prefill_load(request, size)
+        load += prefill_load(request, size)
         left -= size
+        least = 0
     return chunks
 
 
-def _largest_chunk(
-    model: LatencyModel, load: Load, request: Request, limit: int, budget: float
+def be_chunks(
+    state: EngineState,
+    model: LatencyModel,
+    load: Load,
+    budget: float,
+    prefill_tokens: int,
+    regime: Regime,
+) -> list[Chunk]:
+    """BE prefill first (it feeds both decode paths), then device-resident decode rows.
+
+    They cost, with `load`, at most `budget`.
+    """
+    chunks: list[Chunk] = []
+    decoding: list[Request] = []
+    for request in state.be_device:
+        if request.place is Place.DEVICE:
+            if not request.leaving and len(request.blocks) * state.page_tokens > request.computed:
+                decoding.append(request)
+        elif not chunks:
+            rest = min(request.known - request.computed, prefill_tokens)
+            size = largest_chunk(model, load, request, rest, budget, regime) if rest else 0
+            if size:
+                chunks.append(Chunk(request, request.computed, size))
+                load += prefill_load(request, size)
+    if not decoding:
+        return chunks
+    contexts = [0]
+    for request in decoding:
+        contexts.append(contexts[-1] + request.known)
+
+    def fits(n: int) -> bool:
+        return cost_ns(model, load + Load(n, n, n, contexts[n], 0), regime) <= budget
+
+    fitting = largest(len(decoding), fits)
+    chunks.extend([Chunk(r, r.computed, 1) for r in decoding[:fitting]])
+    return chunks
+
+
+def largest_chunk(
+    model: LatencyModel, load: Load, request: Request, limit: int, budget: float, regime: Regime
 ) -> int:
     """Returns the largest prefill chunk of `request` that fits `budget` beside `load`."""
-    return largest(limit, lambda n: model.pass_ns(load + _prefill_load(request, n)) <= budget)
-
-
-def _beside_ls(state: EngineState, model: LatencyModel, now_ns: int, ls: list[Chunk]) -> Plan:
-    """Fits BE work into what the LS rows leave of the budget."""
-    load = sum((_load(c) for c in ls), Load())
-    alone = model.pass_ns(load)
-    budget = max(budget_ns(state, model, now_ns), alone)
-    device_budget = alone + (budget - alone) * _DEVICE_BE_SHARE
-    be: tuple[Chunk, ...] = ()
-    be_until = 0
-    be_ns = 0.0
-    if state.be_cohort_stage >= 0:
-        # A cohort under way need not finish in this pass: it goes as far as the budget lasts.
-        added = model.pass_ns(load + Load(rows=state.be_cohort_rows)) - alone
-        stages = largest(
-            state.stages - state.be_cohort_stage,
-            lambda n: alone + added * n / state.stages <= device_budget,
-        )
-        # LS requests that wait for memory wait for this cohort's end.
-        stages = max(stages, 1) if state.ls_waiting else stages
-        be_until = state.be_cohort_stage + stages
-        be_ns = added * stages / state.stages
-    else:
-        prefill_tokens = state.limits.be_prefill_tokens
-        be = tuple(_be_chunks(state, model, load, device_budget, prefill_tokens))
-        be_until = state.stages if be else 0
-        load = sum((_load(c) for c in be), load)
-    allowance = largest(
-        state.limits.be_rows_per_stage, lambda n: model.pass_ns(load, n) + be_ns <= budget
+    return largest(
+        limit, lambda n: cost_ns(model, load + prefill_load(request, n), regime) <= budget
     )
-    predicted = model.pass_ns(load, _expected_boarding(state, allowance)) + be_ns
-    return Plan(range(state.stages), tuple(ls), be, be_until, allowance, budget, predicted)
 
 
-def _best_effort_only(
-    state: EngineState, model: LatencyModel, now_ns: int, prefill_tokens_max: int
-) -> Plan | None:
-    """With no LS row: the BE cohort's remaining stages, else a stage of parked rows."""
-    everything = len(state.be_host)
-    if state.be_cohort_stage >= 0:
-        stages = range(state.be_cohort_stage, state.stages)
-        return Plan(stages, be_until=state.stages, allowance=everything)
-    chunks = _be_chunks(state, model, Load(), float("inf"), prefill_tokens_max)
-    if chunks:
-        load = sum((_load(c) for c in chunks), Load())
-        predicted = model.pass_ns(load, _expected_boarding(state, everything))
-        stages = range(state.stages)
-        return Plan(stages, (), tuple(chunks), state.stages, everything, predicted_ns=predicted)
-    stage = pick_stage(state.parked, now_ns)
-    if stage is None:
-        return None
-    predicted = model.stage_ns(stage, int(state.parked.ready[stage]))
-    return Plan(range(stage, stage + 1), allowance=everything, predicted_ns=predicted)
+def cost_ns(model: LatencyModel, load: Load, regime: Regime) -> float:
+    """The prediction for a pass with `load`."""
+    return model.pass_ns(load) * model.factor(regime, load.rows)
 
 
-def pick_stage(parked: StageCounts, now_ns: int) -> int | None:
-    """Returns the stage of parked rows to run when there is nothing else; None to wait.
-
-    A stage costs nearly the same for one row as for many, so rows of a stage wait for one another
-    (PATIENCE_NS at most: a stopped server must not hold up the other's rows), and the rows
-    furthest behind go first until those of all stages have gathered in two cohorts: one for the
-    worker, one for the servers.
-    """
-    waited = now_ns - parked.oldest_ready_ns > PATIENCE_NS
-    runnable = np.flatnonzero((parked.ready > 0) & ((parked.away == 0) | waited))
-    if not len(runnable):
-        return None
-    occupied = np.flatnonzero(parked.ready + parked.away)
-    if len(occupied) <= _COHORTS:
-        return int(runnable[parked.oldest_ready_ns[runnable].argmin()])
-    stages = len(parked.ready)
-    following = np.append(occupied[1:], occupied[0] + stages)
-    distance = (following - occupied)[np.searchsorted(occupied, runnable)]
-    return int(runnable[distance.argmin()])
-
-
-def _be_chunks(
-    state: EngineState, model: LatencyModel, load: Load, budget: float, prefill_tokens: int
-) -> list[Chunk]:
-    """BE prefill first (it feeds both decode paths), then device-resident decode rows."""
-    chunks: list[Chunk] = []
-    prefilling = next((r for r in state.be_device if r.place is Place.PREFILLING), None)
-    if prefilling is not None:
-        rest = min(prefilling.known - prefilling.computed, prefill_tokens)
-        size = _largest_chunk(model, load, prefilling, rest, budget)
-        if size:
-            chunks.append(Chunk(prefilling, prefilling.computed, size))
-            load += _prefill_load(prefilling, size)
-    decoding = [
-        r
-        for r in state.be_device
-        if r.place is Place.DEVICE
-        and not r.leaving
-        and len(r.blocks) * state.page_tokens > r.computed
-    ]
-    loads = [load]
-    for request in decoding:
-        loads.append(loads[-1] + Load.decode(request.known))
-    fitting = largest(len(decoding), lambda n: model.pass_ns(loads[n]) <= budget)
-    chunks.extend(_decode(r) for r in decoding[:fitting])
-    return chunks
-
-
-def _expected_boarding(state: EngineState, allowance: int) -> int:
-    """Rows per stage that the parked rows can supply, on average."""
-    return min(allowance, len(state.be_host) // state.stages)
-
-
-def _stream_slack_ns(request: Request, aim: float, now_ns: int) -> float:
-    gap_ends = request.last_token_ns + 2 * aim * request.tpot_slo_ns
-    return min(request.next_deadline_ns(aim), gap_ends) - now_ns
-
-
-def _decode(request: Request) -> Chunk:
-    return Chunk(request, request.computed, 1)
-
-
-def _prefill_load(request: Request, tokens: int) -> Load:
+def prefill_load(request: Request, tokens: int) -> Load:
     last = request.computed + tokens == request.known
     return Load.prefill(request.computed, tokens, last=last)
 
 
-def _load(chunk: Chunk) -> Load:
-    if chunk.tokens == 1:
-        return Load.decode(chunk.end)
-    return Load.prefill(chunk.start, chunk.tokens, last=chunk.end == chunk.request.known)
+def beside_ls(
+    state: EngineState,
+    model: LatencyModel,
+    now_ns: int,
+    ls: list[Chunk],
+    *,
+    device_share: float = DEVICE_BE_SHARE,
+    boards: bool = True,
+) -> Plan:
+    """Fits BE work into what the LS rows leave of the budget.
+
+    `device_share` of it is for BE rows that attend on the device, the rest for boarding ones.
+    """
+    load = load_of(ls)
+    alone_regime = ls_regime(ls)
+    alone = cost_ns(model, load, alone_regime)
+    budget = max(budget_ns(state, model, now_ns), alone)
+    device_budget = alone + (budget - alone) * device_share
+    be: tuple[Chunk, ...] = ()
+    be_until = 0
+    be_ns = 0.0  # uncorrected, of a cohort that runs a part of its stages
+    regime = alone_regime
+    if state.be_cohort_stage >= 0:
+        stages, be_ns = _resumed(state, model, load, device_budget)
+        if stages:
+            regime, be_until = Regime.BE_COHORT, state.be_cohort_stage + stages
+    else:
+        prefill_tokens = state.limits.be_prefill_tokens
+        be = tuple(be_chunks(state, model, load, device_budget, prefill_tokens, Regime.BE_COHORT))
+        if be:
+            regime, be_until = Regime.BE_COHORT, state.stages
+            load += load_of(be)
+    boards = boards and bool(state.be_host)
+    if boards and regime is Regime.LS_DECODE:
+        regime = Regime.BOARDING
+    factor = model.factor(regime, load.rows)
+    fixed_ns = model.pass_ns(load) + be_ns
+    most = state.limits.be_rows_per_stage if boards else 0
+    allowed = boarding.allowances(state.parked, model, load, budget / factor - fixed_ns, most)
+    boarded_ns = 0.0
+    if any(allowed):
+        stage_ns = fixed_ns * factor / state.stages
+        rows = boarding.expected(state.parked, allowed, stage_ns)
+        boarded_ns = _boarded_ns(model, load, rows)
+    elif regime is Regime.BOARDING:
+        regime, factor = alone_regime, model.factor(alone_regime, load.rows)
+    return Plan(
+        range(state.stages),
+        tuple(ls),
+        be,
+        be_until,
+        allowed,
+        most if any(allowed) else 0,
+        budget_ns=budget,
+        regime=regime,
+        rows=load.rows,
+        ls_ns=alone,
+        predicted_ns=(fixed_ns + boarded_ns) * factor,
+    )
+
+
+def ls_regime(ls: Sequence[Chunk]) -> Regime:
+    """Of a pass with `ls` alone."""
+    decode_only = not ls or ls[-1].request.generated > 0  # prompts come last
+    return Regime.LS_DECODE if decode_only else Regime.LS_PREFILL
+
+
+def best_effort_only(
+    state: EngineState,
+    model: LatencyModel,
+    now_ns: int,
+    prefill_tokens_max: int,
+    *,
+    boards: bool = True,
+) -> Plan | None:
+    """With no LS row: the BE cohort's remaining stages, else a stage of parked rows."""
+    stages = range(max(state.be_cohort_stage, 0), state.stages)
+    if state.be_cohort_stage >= 0:
+        chunks, load = [], state.be_cohort
+    else:
+        # Who waits for memory gets it between two passes: then they must be short.
+        most = prefill_tokens_max
+        if state.ls_waiting:
+            most = min(most, max(state.limits.be_prefill_tokens, _CHUNK_MIN))
+        chunks = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
+        load = load_of(chunks)
+    everything = (len(state.be_host) if boards else 0,) * state.stages
+    if load.rows:
+        part = len(stages) / state.stages
+        factor = model.factor(Regime.BE_PASS, load.rows)
+        stage_ns = model.pass_ns(load) * factor / state.stages
+        rows = boarding.expected(state.parked, everything, stage_ns)
+        boarded_ns = _boarded_ns(model, load, rows[stages.start :], stages.start)
+        return Plan(
+            stages,
+            (),
+            tuple(chunks),
+            state.stages,
+            everything,
+            everything[0],
+            regime=Regime.BE_PASS,
+            rows=load.rows,
+            predicted_ns=(model.pass_ns(load) * part + boarded_ns) * factor,
+        )
+    stage = boarding.pick_stage(state.parked, model, now_ns) if boards else None
+    if stage is None:
+        return None
+    ready = int(state.parked.ready[stage])
+    return Plan(
+        range(stage, stage + 1),
+        allowances=everything,
+        boarding_most=everything[0],
+        regime=Regime.BE_STAGE,
+        rows=ready,
+        predicted_ns=model.stage_ns(stage, ready) * model.factor(Regime.BE_STAGE, ready),
+    )
+
+
+def _resumed(
+    state: EngineState, model: LatencyModel, load: Load, budget: float
+) -> tuple[int, float]:
+    """How many stages the cohort under way gets within `budget`, and their cost, uncorrected.
+
+    It need not finish in this pass: it goes as far as the budget lasts.
+    """
+    factor = model.factor(Regime.BE_COHORT, load.rows)
+    added = model.pass_ns(load + state.be_cohort) - model.pass_ns(load)
+    room = budget / factor - model.pass_ns(load)
+    stages = 0
+    if room > 0 and added > 0:
+        stages = min(int(room * state.stages / added), state.stages - state.be_cohort_stage)
+    # LS requests that wait for memory wait for this cohort's end.
+    stages = max(stages, 1) if state.ls_waiting else stages
+    return stages, added * stages / state.stages
+
+
+def _boarded_ns(
+    model: LatencyModel, load: Load, rows: Sequence[float], first_stage: int = 0
+) -> float:
+    """What boarding adds to a pass with `load`; `rows` from `first_stage` on."""
+    total = 0.0
+    for stage, boarded in enumerate(rows, first_stage):
+        fixed = load.sampled if stage == model.layers else load.rows
+        stairs = model.staircase(stage)
+        total += stairs[fixed + round(boarded)] - stairs[fixed]
+    return total

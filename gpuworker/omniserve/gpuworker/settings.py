@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,12 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings.exceptions import SettingsError as SourceError
 
 from omniserve.errors import SettingsError
+
+
+def _default_cache_dir() -> Path:
+    """Follows the XDG base directories."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "omniserve"
 
 
 class WorkerSettings(BaseSettings):
@@ -65,6 +72,24 @@ class WorkerSettings(BaseSettings):
         "prompts and chats.",
     )
     prefill_chunk_tokens_max: int = Field(512, ge=16, description="Largest prefill chunk.")
+    policy: Literal["omniserve", "ls-first", "reserve", "sync-offload", "preempt", "ls-only"] = (
+        Field("omniserve", description="Who decides what runs; see docs/architecture.md.")
+    )
+    reserve_headroom: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="Of the policy `reserve`: part of KV and rows that is kept for LS.",
+    )
+    latency_cache_dir: Path = Field(
+        default_factory=_default_cache_dir,
+        description="Folder in which measured latency profiles are kept.",
+    )
+    iteration_log: str = Field(
+        "",
+        description="File for the predicted and measured time of the last iterations, as JSON "
+        "lines, written when the worker stops; none if empty.",
+    )
     be_placement: Literal["auto", "device", "host"] = Field(
         "auto",
         description="Where BE requests decode: `auto` fills the device share and sends the rest "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from omniserve.gpuworker.engine_state import EngineState
-from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.requests import Request
 from omniserve.v1 import status_pb2
 
@@ -48,7 +48,9 @@ def snapshot(
     load = sum((Load.decode(r.known) for r in decoding), Load.decode(1))
     mirrored = [r for r in state.be_device if r.server >= 0]
     chunk = 256
-    prefill = model.pass_ns(load + Load.prefill(0, chunk, last=True)) - model.pass_ns(load)
+    decode_ns = model.pass_ns(load) * model.factor(Regime.LS_DECODE, load.rows)
+    both = load + Load.prefill(0, chunk, last=True)
+    both_ns = model.pass_ns(both) * model.factor(Regime.LS_PREFILL, both.rows)
     return status_pb2.Telemetry(
         passes=counters.passes,
         ls_stages=counters.ls_stages,
@@ -78,8 +80,8 @@ def snapshot(
         device_blocks_free=state.blocks_free,
         kv_checkpoint_lag_tokens=sum(_checkpoint_lag(r, state.stages - 1) for r in mirrored),
         ls_prefill_tokens_waiting=sum(r.known - r.computed for r in prompts),
-        decode_pass_ms=model.pass_ns(load) / 1e6,
-        prefill_token_ms=prefill / chunk / 1e6,
+        decode_pass_ms=decode_ns / 1e6,
+        prefill_token_ms=max(0.0, both_ns - decode_ns) / chunk / 1e6,
     )
 
 

@@ -1,0 +1,111 @@
+"""How much time there is: the slack of LS requests, and what BE work in flight may take of it.
+
+Pure. Deadlines are those of an SLO tightened by the safety margin: a stream held to its last
+millisecond misses by any hiccup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from omniserve.gpuworker.cohort import Chunk, load_of
+from omniserve.gpuworker.engine_state import EngineState
+from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
+from omniserve.gpuworker.plan import Plan
+from omniserve.gpuworker.requests import Request
+
+# BE work in flight may take this part of what a newcomer can spare: others may follow it.
+_NEWCOMER_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """An LS request that came in the middle of a pass."""
+
+    arrival_ns: int
+    prompt_tokens: int
+    ttft_slo_ns: int
+
+
+def must_yield(
+    plan: Plan,
+    stages_left: int,
+    arrivals: Sequence[Arrival],
+    state: EngineState,
+    model: LatencyModel,
+    now_ns: int,
+) -> bool:
+    """Whether BE work in flight would cost one of `arrivals` too much of its TTFT."""
+    if not plan.preemptible:
+        return False
+    left_ns = (plan.predicted_ns - plan.ls_ns) * stages_left / len(plan.stages)
+    aim = 1.0 - state.limits.safety_margin
+    queued_ns = 0.0
+    for arrival in arrivals:
+        prefill = Load.prefill(0, arrival.prompt_tokens, last=True)
+        queued_ns += model.pass_ns(prefill) * model.factor(Regime.LS_PREFILL, prefill.rows)
+        spare = arrival.arrival_ns + aim * arrival.ttft_slo_ns - now_ns - queued_ns
+        if left_ns > _NEWCOMER_SHARE * spare:
+            return True
+    return False
+
+
+def must_call_off(state: EngineState, model: LatencyModel, now_ns: int) -> bool:
+    """Whether the BE cohort that rests must go, because LS waits for memory that it keeps.
+
+    It is worth waiting for as long as its remaining stages fit before the waiting request's TTFT.
+    """
+    if not state.ls_waiting or state.be_cohort_stage < 0:
+        return False
+    waiting = state.ls_waiting[0]
+    aim = 1.0 - state.limits.safety_margin
+    streams = [Chunk(r, r.computed, 1) for r in state.ls_running if r.generated > 0]
+    left = (state.stages - state.be_cohort_stage) / state.stages
+    left_ns = left * model.pass_ns(state.be_cohort + load_of(streams))
+    prefill_ns = model.pass_ns(Load.prefill(0, waiting.known - waiting.computed, last=True))
+    return waiting.next_deadline_ns(aim) - now_ns < left_ns + prefill_ns
+
+
+def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
+    """Least slack over LS requests: what the next pass may take.
+
+    A running stream's slack is never more than what keeps its
+    next gap within 2 x TPOT. A prompt's slack is what its TTFT leaves after the prefill of all
+    prompts that are due before it and its own, but one TPOT at most: the passes after this one
+    have streams to serve that do not run yet.
+    """
+    aim = 1.0 - state.limits.safety_margin
+    slack = streams_slack_ns(state, aim, now_ns)
+    prefill_ns = 0.0
+    for request in prompts(state, waiting=True):
+        left = Load.prefill(request.computed, request.known - request.computed, last=True)
+        prefill_ns += model.pass_ns(left) * model.factor(Regime.LS_PREFILL, left.rows)
+        spare = request.next_deadline_ns(aim) - now_ns - prefill_ns
+        slack = min(slack, spare, request.tpot_slo_ns * aim)
+    return slack
+
+
+def prompts(state: EngineState, *, waiting: bool = False) -> list[Request]:
+    """LS requests without a token yet, earliest deadline first."""
+    prompts = [r for r in state.ls_running if r.known == r.prompt_tokens]
+    if waiting:
+        prompts.extend(state.ls_waiting)
+    prompts.sort(key=Request.next_deadline_ns)
+    return prompts
+
+
+def streams_slack_ns(state: EngineState, aim: float, now_ns: int) -> float:
+    """Least time until a running stream's next token is due, or its gap exceeds 2 x TPOT."""
+    due = float("inf")
+    for r in state.ls_running:
+        generated = r.known - r.prompt_tokens
+        if generated:
+            tpot = aim * r.tpot_slo_ns
+            deadline = r.first_token_ns + generated * tpot
+            gap_ends = r.last_token_ns + 2 * tpot
+            if deadline < due:
+                due = deadline
+            if gap_ends < due:
+                due = gap_ends
+    return due - now_ns

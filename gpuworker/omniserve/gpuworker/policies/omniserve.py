@@ -1,0 +1,28 @@
+"""OmniServe's policy joined with ConServe's, as docs/architecture.md describes it.
+
+Best effort gets what the latency model says LS requests can spare in a pass: first prefill and
+decode on the device with a stricter margin, then parked rows that board the stages. Attention
+of parked rows is computed by the servers, and no pass waits for it. BE work leaves at any stage
+boundary, and its KV is mirrored as it is produced, so that its device memory can go at once.
+"""
+
+from __future__ import annotations
+
+from omniserve.gpuworker import scheduler
+from omniserve.gpuworker.engine_state import EngineState
+from omniserve.gpuworker.latency_model import LatencyModel
+from omniserve.gpuworker.plan import Plan
+from omniserve.gpuworker.policies.base import Policy
+
+
+class OmniServe(Policy):
+    """The default."""
+
+    name = "omniserve"
+
+    def plan(self, state: EngineState, model: LatencyModel, now_ns: int) -> Plan | None:
+        most = self.options.prefill_tokens_max
+        ls = scheduler.ls_chunks(state, model, now_ns, most)
+        if ls:
+            return scheduler.beside_ls(state, model, now_ns, ls)
+        return scheduler.best_effort_only(state, model, now_ns, most)
