@@ -8,6 +8,7 @@
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace omniserve {
 namespace {
@@ -33,8 +34,8 @@ constexpr std::size_t kHugePage = 2u << 20;
 
 PagedKv::PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
                  std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
-                 std::uint32_t kv_dtype, unsigned threads, std::int64_t spin_us)
-    : pool_(threads, {}, spin_us) {
+                 std::uint32_t kv_dtype, std::shared_ptr<ThreadPool> threads)
+    : pool_(std::move(threads)) {
   const auto g = own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype, kv_dtype);
   bytes_ = shm::align_up(shm::page_bytes(g) * g.pages, kHugePage);
   memory_ = static_cast<std::byte*>(std::aligned_alloc(kHugePage, bytes_));
@@ -43,7 +44,7 @@ PagedKv::PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t hea
   pages_ = KvPages(memory_, g);
   // Touched now, not in the middle of a pass, and by the threads that will read it.
   std::atomic<std::size_t> next{0};
-  pool_.run([&] {
+  pool_->run([&] {
     for (std::size_t at; (at = next.fetch_add(kHugePage)) < bytes_;)
       std::memset(memory_ + at, 0, kHugePage);
   });
@@ -100,7 +101,7 @@ void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
     segment.first_position = static_cast<std::uint32_t>(first_position[s]);
     segments_.push_back(segment);
   }
-  attention_.run(pages_, layer, heads, segments_, options, pool_);
+  attention_.run(pages_, layer, heads, segments_, options, *pool_);
 }
 
 void PagedKv::check_transfer(const SegmentView& segment, const std::int32_t* layers,

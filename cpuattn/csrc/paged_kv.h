@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "attend.h"
@@ -26,12 +27,12 @@ class PagedKv {
   PagedKv& operator=(const PagedKv&) = delete;
   PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
           std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
-          std::uint32_t kv_dtype, unsigned threads, std::int64_t spin_us);
+          std::uint32_t kv_dtype, std::shared_ptr<ThreadPool> threads);
   ~PagedKv();
 
   const shm::Geometry& geometry() const { return pages_.geometry(); }
   const KvPages& pages() const { return pages_; }
-  ThreadPool& threads() { return pool_; }
+  ThreadPool& threads() { return *pool_; }
 
   void append(std::uint32_t layer, const Rows& k, const Rows& v, const std::int32_t* pages,
               const std::int32_t* offsets);
@@ -60,7 +61,7 @@ class PagedKv {
   std::byte* memory_ = nullptr;
   std::size_t bytes_ = 0;
   KvPages pages_;
-  ThreadPool pool_;
+  std::shared_ptr<ThreadPool> pool_;
   std::vector<Segment> segments_;
   Attention attention_;
 };

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from omniserve.gpuworker.device.rows import CohortRows
 from omniserve.gpuworker.requests import Request
 
 
@@ -34,8 +35,7 @@ class Cohort:
     def __init__(self, chunks: Sequence[Chunk], page_tokens: int) -> None:
         self.chunks = tuple(chunks)
         self.stage = 0
-        self.residual: torch.Tensor | None = None
-        self.attention: torch.Tensor | None = None
+        self.held: CohortRows | None = None
         counts = [chunk.tokens for chunk in chunks]
         self.rows = sum(counts)
         positions = np.concatenate([np.arange(c.start, c.end) for c in chunks])

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.device.rows import CohortRows
 from omniserve.gpuworker.requests import Request
 from omniserve.latency import LatencyProfile
 
@@ -30,32 +30,14 @@ def measure(device: CpuDevice, model: str, page_tokens: int, pages: int) -> Late
     middle: list[float] = []
     last: list[float] = []
     for rows in _ROWS:
-        tokens = torch.zeros(rows, dtype=torch.int64)
-        positions = torch.arange(rows) % device.config.context_tokens
-        residual = torch.randn(rows, device.config.hidden).to(device.dtype)
-        attention = torch.randn(rows, device.config.q_size).to(device.dtype)
+        stages = _Stages(device, rows)
         repeats = _REPEATS if rows <= 64 else 2
-
-        def run_first(tokens: torch.Tensor = tokens, at: torch.Tensor = positions) -> None:
-            device.enter_layer(0, device.embed(tokens), at)
-
-        def run_middle(
-            layer: int,
-            x: torch.Tensor = residual,
-            a: torch.Tensor = attention,
-            at: torch.Tensor = positions,
-        ) -> None:
-            device.enter_layer(layer + 1, device.leave_layer(layer, x, a), at)
-
-        def run_last(x: torch.Tensor = residual, a: torch.Tensor = attention) -> None:
-            device.logits(device.leave_layer(layers - 1, x, a))
-
-        first.append(_undisturbed_ns(run_first, repeats))
+        first.append(_undisturbed_ns(stages.first, repeats))
         # Other layers each time: a stage finds its weights in memory, not in a cache. A low
         # percentile: other processes only ever add.
-        samples = [_undisturbed_ns(partial(run_middle, layer), 1) for layer in range(layers - 1)]
+        samples = [_undisturbed_ns(partial(stages.middle, layer), 1) for layer in range(layers - 1)]
         middle.append(float(np.percentile(samples, 25)))
-        last.append(_undisturbed_ns(run_last, repeats) if rows <= 64 else last[-1] * 2)
+        last.append(_undisturbed_ns(stages.last, repeats) if rows <= 64 else last[-1] * 2)
     context = min(_CONTEXT, pages * page_tokens // 2)
     row_ns, token_ns = _decode_attention(device, context, page_tokens)
     chunk = Cohort([_chunk(0, context, page_tokens)], page_tokens)
@@ -72,6 +54,30 @@ def measure(device: CpuDevice, model: str, page_tokens: int, pages: int) -> Late
         attend_kv_token_ns=token_ns,
         attend_pair_ns=pair_ns,
     )
+
+
+class _Stages:
+    """The dense part of each kind of stage, with `rows` made-up rows."""
+
+    def __init__(self, device: CpuDevice, rows: int) -> None:
+        self._device = device
+        self._rows = rows
+        at = np.arange(rows) % device.config.context_tokens
+        held = CohortRows(
+            device.config, device.dtype, np.zeros(rows, np.int64), at, np.arange(rows)
+        )
+        held.attention.normal_()
+        self._all, self._sampled = [held.all], [held.sampled]
+        self.first()
+
+    def first(self) -> None:
+        self._device.run(0, self._all)
+
+    def middle(self, layer: int) -> None:
+        self._device.run(layer + 1, self._all)
+
+    def last(self) -> None:
+        self._device.logits(self._sampled, self._rows)
 
 
 def _decode_attention(device: CpuDevice, context: int, page_tokens: int) -> tuple[float, float]:
@@ -95,11 +101,10 @@ def _chunk(start: int, tokens: int, page_tokens: int) -> Chunk:
 
 
 def _attention_ns(device: CpuDevice, cohort: Cohort) -> float:
-    config = device.config
-    qkv = torch.randn(cohort.rows, config.q_size + 2 * config.kv_size).to(device.dtype)
-    out = torch.empty(cohort.rows, config.q_size, dtype=device.dtype)
-    layers = iter(list(range(config.layers)) * _REPEATS)
-    return _undisturbed_ns(lambda: device.attend(next(layers), qkv, cohort, out), 2 * _REPEATS)
+    rows = device.enter(cohort)
+    rows.qkv.normal_()
+    layers = iter(list(range(device.config.layers)) * _REPEATS)
+    return _undisturbed_ns(lambda: device.attend(next(layers), cohort, rows), 2 * _REPEATS)
 
 
 def _undisturbed_ns(work: Callable[[], object], repeats: int) -> float:

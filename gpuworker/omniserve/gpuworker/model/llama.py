@@ -20,6 +20,9 @@ class LayerWeights:
     mlp_norm: torch.Tensor
     gate_up: torch.Tensor  # [2 intermediate, hidden]
     down: torch.Tensor
+    qkv_bias: torch.Tensor | None = None  # [q_size + 2 kv_size]
+    q_norm: torch.Tensor | None = None  # [head_dim]
+    k_norm: torch.Tensor | None = None  # [head_dim]
 
 
 @dataclass(frozen=True)
