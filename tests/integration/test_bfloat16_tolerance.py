@@ -58,7 +58,7 @@ class Worker:
         nothing_boards = np.empty(0, np.int64)
         for stage in range(self._stages):
             logits = self._runner.run(stage, [cohort], nothing_boards)
-        return logits
+        return None if logits is None else logits.clone()
 
 
 def test_logits_in_bfloat16_stay_within_the_stated_tolerance() -> None:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from omniserve.attnkernel import DenseModel, Slots, StageRows, Threads
+from omniserve.gpuworker.model.llama import LayerWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CONTEXT = 64
@@ -53,21 +54,8 @@ class Twin:
         self.shape = shape
         self.dtype = DTYPES[dtype]
         self._random = torch.Generator().manual_seed(seed)
-        hidden, width = shape.hidden, shape.q_size + 2 * shape.kv_size
-        self.layers = [
-            {
-                "attention_norm": 1 + self._tensor(hidden),
-                "qkv": self._matrix(width, hidden),
-                "attention_out": self._matrix(hidden, shape.q_size),
-                "mlp_norm": 1 + self._tensor(hidden),
-                "gate_up": self._matrix(2 * shape.intermediate, hidden),
-                "down": self._matrix(hidden, shape.intermediate),
-                "qkv_bias": self._tensor(width) if extras else None,
-                "q_norm": 1 + self._tensor(shape.head_dim) if extras else None,
-                "k_norm": 1 + self._tensor(shape.head_dim) if extras else None,
-            }
-            for _ in range(LAYERS)
-        ]
+        hidden = shape.hidden
+        self.layers = [self._layer(extras) for _ in range(LAYERS)]
         self.embedding = self._tensor(shape.vocabulary, hidden)
         self.final_norm = 1 + self._tensor(hidden)
         self.head = self._matrix(shape.vocabulary, hidden)
@@ -89,8 +77,23 @@ class Twin:
             sin=self.sin,
         )
         for index, layer in enumerate(self.layers):
-            self.model.set_layer(index, **layer)
+            self.model.set_layer(index, **vars(layer))
         self.model.set_ends(embedding=self.embedding, final_norm=self.final_norm, head=self.head)
+
+    def _layer(self, extras: bool) -> LayerWeights:
+        shape = self.shape
+        width = shape.q_size + 2 * shape.kv_size
+        return LayerWeights(
+            attention_norm=1 + self._tensor(shape.hidden),
+            qkv=self._matrix(width, shape.hidden),
+            attention_out=self._matrix(shape.hidden, shape.q_size),
+            mlp_norm=1 + self._tensor(shape.hidden),
+            gate_up=self._matrix(2 * shape.intermediate, shape.hidden),
+            down=self._matrix(shape.hidden, shape.intermediate),
+            qkv_bias=self._tensor(width) if extras else None,
+            q_norm=1 + self._tensor(shape.head_dim) if extras else None,
+            k_norm=1 + self._tensor(shape.head_dim) if extras else None,
+        )
 
     def rows(self, n: int) -> Rows:
         """Random rows, whose q, k and v are still to come."""
@@ -127,37 +130,36 @@ class Twin:
         if stage == LAYERS:
             return residual, self._norm(residual, self.final_norm) @ self.head.double().T
         layer = self.layers[stage]
-        qkv = self._norm(residual, layer["attention_norm"]) @ layer["qkv"].double().T
-        if layer["qkv_bias"] is not None:
-            qkv = qkv + layer["qkv_bias"].double()
+        qkv = self._norm(residual, layer.attention_norm) @ layer.qkv.double().T
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias.double()
         return residual, self._turned(qkv, layer, positions)
 
     def _leave(self, index: int, residual: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
         layer = self.layers[index]
-        residual = residual + attention @ layer["attention_out"].double().T
-        gate_up = self._norm(residual, layer["mlp_norm"]) @ layer["gate_up"].double().T
+        residual = residual + attention @ layer.attention_out.double().T
+        gate_up = self._norm(residual, layer.mlp_norm) @ layer.gate_up.double().T
         gate, up = gate_up.chunk(2, dim=-1)
-        return residual + (F.silu(gate) * up) @ layer["down"].double().T
+        return residual + (F.silu(gate) * up) @ layer.down.double().T
 
     def _turned(
-        self, qkv: torch.Tensor, layer: dict[str, torch.Tensor | None], positions: Sequence[int]
+        self, qkv: torch.Tensor, layer: LayerWeights, positions: Sequence[int]
     ) -> torch.Tensor:
         shape = self.shape
         cos = self.cos[list(positions)].double().unsqueeze(1)
         sin = self.sin[list(positions)].double().unsqueeze(1)
-        q, k, v = qkv.split((shape.q_size, shape.kv_size, shape.kv_size), dim=1)
+        q, k = qkv[:, : shape.q_size], qkv[:, shape.q_size : -shape.kv_size]
         turned = []
-        for heads, weight in ((q, layer["q_norm"]), (k, layer["k_norm"])):
+        for heads, weight in ((q, layer.q_norm), (k, layer.k_norm)):
             split = heads.reshape(len(heads), -1, shape.head_dim)
             if weight is not None:
                 split = self._norm(split, weight)
             low, high = split.chunk(2, dim=-1)
             both = torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
             turned.append(both.reshape(heads.shape))
-        return torch.cat([*turned, v], dim=1)
+        return torch.cat([*turned, qkv[:, -shape.kv_size :]], dim=1)
 
-    def _norm(self, values: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        assert weight is not None
+    def _norm(self, values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(values, (values.shape[-1],), weight.double(), EPSILON)
 
     def _matrix(self, outputs: int, inputs: int) -> torch.Tensor:

@@ -195,10 +195,10 @@ def test_rows_and_slots_out_of_range_are_refused() -> None:
 
 def test_weights_of_another_shape_or_dtype_are_refused_by_name() -> None:
     twin = Twin(SMALL, "float32", extras=False)
-    wrong = dict(twin.layers[0])
+    wrong = dict(vars(twin.layers[0]))
     wrong["down"] = twin.head
     with pytest.raises(ValueError, match="down: shape must be"):
         twin.model.set_layer(0, **wrong)
-    wrong["down"] = twin.layers[0]["down"].bfloat16()  # type: ignore[union-attr]
+    wrong["down"] = twin.layers[0].down.bfloat16()
     with pytest.raises(ValueError, match="down: dtype must be float32"):
         twin.model.set_layer(0, **wrong)

@@ -66,7 +66,7 @@ class _Stages:
         held = CohortRows(
             device.config, device.dtype, np.zeros(rows, np.int64), at, np.arange(rows)
         )
-        held.attention.normal_()
+        held.attention[:] = 0
         self._all, self._sampled = [held.all], [held.sampled]
         self.first()
 
@@ -102,7 +102,7 @@ def _chunk(start: int, tokens: int, page_tokens: int) -> Chunk:
 
 def _attention_ns(device: CpuDevice, cohort: Cohort) -> float:
     rows = device.enter(cohort)
-    rows.qkv.normal_()
+    rows.qkv[:] = 0
     layers = iter(list(range(device.config.layers)) * _REPEATS)
     return _undisturbed_ns(lambda: device.attend(next(layers), cohort, rows), 2 * _REPEATS)
 
