@@ -6,29 +6,10 @@
 #include <functional>
 
 #include "dense_kernel.h"
+#include "huge_memory.h"
 #include "thread_pool.h"
 
 namespace omniserve {
-
-// Zeroed memory in huge pages where the system gives them, handed out from front to back.
-class HugeMemory {
- public:
-  // Touched by the threads of `pool`. Throws std::bad_alloc.
-  HugeMemory(std::size_t bytes, ThreadPool& pool);
-  ~HugeMemory();
-  HugeMemory(const HugeMemory&) = delete;
-  HugeMemory& operator=(const HugeMemory&) = delete;
-
-  // Aligned to a cache line. Throws std::logic_error if there is no more.
-  std::byte* take(std::size_t bytes);
-  // What take(bytes) uses up.
-  static constexpr std::size_t rounded(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
-
- private:
-  std::byte* memory_;
-  std::size_t bytes_;
-  std::size_t taken_ = 0;
-};
 
 // See dense_kernel.h. What it points at belongs to a HugeMemory.
 struct PackedMatrix {

@@ -1,11 +1,6 @@
 #include "paged_kv.h"
 
-#include <sys/mman.h>
-
-#include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,29 +23,18 @@ shm::Geometry own_geometry(std::uint32_t layers, std::uint32_t kv_heads, std::ui
   return g;
 }
 
-constexpr std::size_t kHugePage = 2u << 20;
-
 }  // namespace
 
 PagedKv::PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
                  std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
                  std::uint32_t kv_dtype, std::shared_ptr<ThreadPool> threads)
-    : pool_(std::move(threads)) {
-  const auto g = own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype, kv_dtype);
-  bytes_ = shm::align_up(shm::page_bytes(g) * g.pages, kHugePage);
-  memory_ = static_cast<std::byte*>(std::aligned_alloc(kHugePage, bytes_));
-  if (memory_ == nullptr) throw std::bad_alloc();
-  ::madvise(memory_, bytes_, MADV_HUGEPAGE);  // a refusal costs speed only
-  pages_ = KvPages(memory_, g);
-  // Touched now, not in the middle of a pass, and by the threads that will read it.
-  std::atomic<std::size_t> next{0};
-  pool_->run([&] {
-    for (std::size_t at; (at = next.fetch_add(kHugePage)) < bytes_;)
-      std::memset(memory_ + at, 0, kHugePage);
-  });
-}
+    : PagedKv(own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype, kv_dtype),
+              std::move(threads)) {}
 
-PagedKv::~PagedKv() { std::free(memory_); }
+PagedKv::PagedKv(const shm::Geometry& g, std::shared_ptr<ThreadPool> threads)
+    : pool_(std::move(threads)),
+      memory_(shm::page_bytes(g) * g.pages, *pool_),
+      pages_(memory_.take(shm::page_bytes(g) * g.pages), g) {}
 
 void PagedKv::check_place(std::int32_t layer, std::int32_t page, std::int32_t offset) const {
   const shm::Geometry& g = geometry();

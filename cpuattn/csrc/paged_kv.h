@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "attend.h"
+#include "huge_memory.h"
 #include "kv_pages.h"
 #include "segment.h"
 #include "thread_pool.h"
@@ -28,7 +29,6 @@ class PagedKv {
   PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
           std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
           std::uint32_t kv_dtype, std::shared_ptr<ThreadPool> threads);
-  ~PagedKv();
 
   const shm::Geometry& geometry() const { return pages_.geometry(); }
   const KvPages& pages() const { return pages_; }
@@ -54,14 +54,14 @@ class PagedKv {
   void check_place(std::int32_t layer, std::int32_t page, std::int32_t offset) const;
 
  private:
+  PagedKv(const shm::Geometry& geometry, std::shared_ptr<ThreadPool> threads);
   void check_transfer(const SegmentView& segment, const std::int32_t* layers,
                       const std::int32_t* pages, const std::int32_t* offsets,
                       const std::int32_t* slots, std::size_t n) const;
 
-  std::byte* memory_ = nullptr;
-  std::size_t bytes_ = 0;
-  KvPages pages_;
   std::shared_ptr<ThreadPool> pool_;
+  HugeMemory memory_;
+  KvPages pages_;
   std::vector<Segment> segments_;
   Attention attention_;
 };

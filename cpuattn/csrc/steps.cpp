@@ -5,13 +5,6 @@
 #include "spin.h"
 
 namespace omniserve {
-namespace {
-
-// Turns of waiting for another thread's unit before the core is offered to somebody else, who may
-// be that thread.
-constexpr int kPausesBeforeYield = 2000;
-
-}  // namespace
 
 Steps::Steps(ThreadPool& pool, std::uint32_t most_steps)
     : pool_(pool),
@@ -49,8 +42,8 @@ void Steps::work() {
   for (std::uint32_t s = 0; s < count_; ++s) {
     Step& step = steps_[s];
     take_units(step, &shares_[std::size_t{s} * threads_], own);
-    for (int turns = 0; step.done.load(std::memory_order_acquire) != step.units; ++turns)
-      turns < kPausesBeforeYield ? relax_core() : std::this_thread::yield();
+    for (int turn = 0; step.done.load(std::memory_order_acquire) != step.units; ++turn)
+      wait_a_turn(turn);
   }
 }
 

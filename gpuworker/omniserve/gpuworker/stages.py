@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from omniserve.attnkernel import StageRows
+from omniserve.attnkernel import Slots, StageRows
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.device.rows import CohortRows, Part
@@ -30,6 +30,8 @@ class StageRunner:
         self._parking = parking
         self._servers = servers
         self._layers = device.config.layers
+        self._slots: list[Slots] = []
+        self._lot_rows = StageRows(parking.residual, [])
 
     def run(self, stage: int, cohorts: Sequence[Cohort], boarded: Rows) -> torch.Tensor | None:
         """Takes all rows through `stage` and sends boarded rows away.
@@ -71,8 +73,11 @@ class StageRunner:
     def _parked(self, boarded: Rows, owners: npt.NDArray[np.int32]) -> Part:
         """Rows of the parking lot: attention outputs and q, k, v are in their servers' slots."""
         lot = self._parking
+        slots = [server.slots for server in self._servers]
+        if slots != self._slots:  # a server came or went
+            self._slots, self._lot_rows = slots, StageRows(lot.residual, slots)
         return Part(
-            StageRows(lot.residual, [server.slots for server in self._servers]),
+            self._lot_rows,
             boarded,
             owners,
             lot.sequence[boarded],
