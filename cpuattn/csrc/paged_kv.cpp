@@ -1,5 +1,7 @@
 #include "paged_kv.h"
 
+#include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -22,6 +24,10 @@ shm::Geometry own_geometry(std::uint32_t layers, std::uint32_t kv_heads, std::ui
   check_geometry(g);
   return g;
 }
+
+// Appended rows that a thread takes at a time, and how many make it worth to call the threads.
+constexpr std::size_t kRowsOfUnit = 32;
+constexpr std::size_t kRowsWorthSharing = 4 * kRowsOfUnit;
 
 }  // namespace
 
@@ -48,9 +54,19 @@ void PagedKv::append(std::uint32_t layer, const Rows& k, const Rows& v, const st
   for (std::size_t i = 0; i < k.rows; ++i)
     check_place(static_cast<std::int32_t>(layer), pages[i], offsets[i]);
   const std::size_t elem = shm::dtype_bytes(geometry().dtype);
-  for (std::size_t i = 0; i < k.rows; ++i)
+  const auto write = [&](std::size_t i) {
     pages_.write(layer, pages[i], offsets[i], static_cast<std::byte*>(k.data) + i * k.stride * elem,
                  static_cast<std::byte*>(v.data) + i * v.stride * elem);
+  };
+  if (k.rows < kRowsWorthSharing) {
+    for (std::size_t i = 0; i < k.rows; ++i) write(i);
+    return;
+  }
+  std::atomic<std::size_t> next{0};
+  pool_->run([&] {
+    for (std::size_t first; (first = next.fetch_add(kRowsOfUnit)) < k.rows;)
+      for (std::size_t i = first; i < std::min(first + kRowsOfUnit, k.rows); ++i) write(i);
+  });
 }
 
 void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
