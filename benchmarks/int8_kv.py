@@ -60,13 +60,11 @@ class Reader:
 
     def _run(self, cohort: Cohort) -> torch.Tensor:
         device = self._device
-        residual = device.embed(cohort.tokens)
+        rows = device.enter(cohort)
         for layer in range(device.config.layers):
-            qkv = device.enter_layer(layer, residual, cohort.positions)
-            attention = torch.empty(cohort.rows, device.config.q_size, dtype=qkv.dtype)
-            device.attend(layer, qkv, cohort, attention)
-            residual = device.leave_layer(layer, residual, attention)
-        return device.logits(residual)
+            device.run(layer, [rows.all])
+            device.attend(layer, cohort, rows)
+        return device.logits([rows.all], cohort.rows).clone()
 
 
 def main() -> int:

@@ -143,5 +143,6 @@ NB_MODULE(_core, m) {
   omniserve::bind_layout(m);
   omniserve::bind_link(m);  // before kv, whose signatures name WorkerLink
   omniserve::bind_kv(m);
+  omniserve::bind_dense(m);  // after kv, which has Threads
   omniserve::bind_server(m);
 }

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "omniserve/shm/layout.h"
+#include "paged_kv.h"
 
 namespace omniserve {
 
@@ -35,6 +36,28 @@ inline void require_same_length(std::initializer_list<std::size_t> lengths) {
     if (length != *lengths.begin()) throw std::invalid_argument("arrays differ in length");
 }
 
+inline bool is_of(nb::dlpack::dtype t, std::uint32_t dtype) {
+  using Code = nb::dlpack::dtype_code;
+  const auto is = [&](Code code, unsigned bits) {
+    return t.code == static_cast<std::uint8_t>(code) && t.bits == bits;
+  };
+  switch (dtype) {
+    case shm::kBfloat16: return is(Code::Bfloat, 16) || is(Code::UInt, 16);  // unknown to numpy
+    case shm::kFloat16: return is(Code::Float, 16);
+    default: return is(Code::Float, 32);
+  }
+}
+
+template <typename Array>
+Rows rows_of(const Array& array, std::uint32_t dtype, const std::string& name) {
+  if (!is_of(array.dtype(), dtype))
+    throw std::invalid_argument(name + ": dtype must be " + dtype_name(dtype));
+  if (array.shape(0) > 0 && array.shape(1) > 1 && array.stride(1) != 1)
+    throw std::invalid_argument(name + ": inner stride must be 1");
+  return {const_cast<void*>(static_cast<const void*>(array.data())), array.shape(0),
+          array.shape(1), static_cast<std::size_t>(array.stride(0))};
+}
+
 // Hands a vector's memory to numpy.
 template <typename T>
 nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T>&& values) {
@@ -44,6 +67,7 @@ nb::ndarray<nb::numpy, T, nb::ndim<1>> to_numpy(std::vector<T>&& values) {
 }
 
 void bind_layout(nb::module_& m);
+void bind_dense(nb::module_& m);
 void bind_kv(nb::module_& m);
 void bind_link(nb::module_& m);
 void bind_server(nb::module_& m);

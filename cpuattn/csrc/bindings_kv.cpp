@@ -1,4 +1,9 @@
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/variant.h>
+
 #include <cstring>
+#include <memory>
+#include <variant>
 
 #include "bindings.h"
 #include "dispatch.h"
@@ -9,33 +14,10 @@
 namespace omniserve {
 namespace {
 
-bool is_of(nb::dlpack::dtype t, std::uint32_t dtype) {
-  using Code = nb::dlpack::dtype_code;
-  const auto is = [&](Code code, unsigned bits) {
-    return t.code == static_cast<std::uint8_t>(code) && t.bits == bits;
-  };
-  switch (dtype) {
-    case shm::kBfloat16: return is(Code::Bfloat, 16) || is(Code::UInt, 16);  // unknown to numpy
-    case shm::kFloat16: return is(Code::Float, 16);
-    default: return is(Code::Float, 32);
-  }
-}
-
-template <typename Array>
-Rows rows_of(const Array& array, const PagedKv& kv, const char* name) {
-  if (!is_of(array.dtype(), kv.geometry().dtype))
-    throw std::invalid_argument(std::string(name) + ": dtype must be " +
-                                dtype_name(kv.geometry().dtype));
-  if (array.shape(0) > 0 && array.shape(1) > 1 && array.stride(1) != 1)
-    throw std::invalid_argument(std::string(name) + ": inner stride must be 1");
-  return {const_cast<void*>(static_cast<const void*>(array.data())), array.shape(0),
-          array.shape(1), static_cast<std::size_t>(array.stride(0))};
-}
-
 void append_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& k, const ConstMatrix& v,
             const Int32s& pages, const Int32s& offsets) {
-  const Rows k_rows = rows_of(k, kv, "k");
-  const Rows v_rows = rows_of(v, kv, "v");
+  const Rows k_rows = rows_of(k, kv.geometry().dtype, "k");
+  const Rows v_rows = rows_of(v, kv.geometry().dtype, "v");
   require_same_length({k_rows.rows, v_rows.rows, pages.size(), offsets.size()});
   const std::size_t columns = std::size_t{kv.geometry().kv_heads} * kv.geometry().head_dim;
   if (k_rows.columns != columns || v_rows.columns != columns)
@@ -48,8 +30,8 @@ void attend_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& q, const M
             const Int32Table& tables, const Int32s& first_row, const Int32s& n_rows,
                  const Int32s& first_position, std::uint32_t window, float softcap,
                  const std::vector<float>& sinks) {
-  const Rows q_rows = rows_of(q, kv, "q");
-  const Rows out_rows = rows_of(out, kv, "out");
+  const Rows q_rows = rows_of(q, kv.geometry().dtype, "q");
+  const Rows out_rows = rows_of(out, kv.geometry().dtype, "out");
   require_same_length(
       {tables.shape(0), first_row.size(), n_rows.size(), first_position.size()});
   const shm::Geometry& g = kv.geometry();
@@ -118,17 +100,29 @@ void bind_kv(nb::module_& m) {
   m.def("kernel_name", &kernel_name);
   m.def("kernel_names", &kernel_names);
   m.def("use_kernel", &use_kernel, "name"_a);
+  nb::class_<ThreadPool>(m, "Threads")
+      .def(
+          "__init__",
+          [](ThreadPool* self, unsigned count, std::int64_t spin_us) {
+            new (self) ThreadPool(count, {}, spin_us);
+          },
+          "count"_a, "spin_us"_a = 0)
+      .def_prop_ro("count", &ThreadPool::threads);
   nb::class_<PagedKv>(m, "PagedKv")
       .def(
           "__init__",
           [](PagedKv* self, std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
              std::uint32_t page_tokens, std::uint32_t pages, const std::string& dtype,
-             unsigned threads, const std::string& kv_dtype, std::int64_t spin_us) {
+             std::variant<unsigned, std::shared_ptr<ThreadPool>> threads,
+             const std::string& kv_dtype) {
+            if (const unsigned* count = std::get_if<unsigned>(&threads))
+              threads = std::make_shared<ThreadPool>(*count);
             new (self) PagedKv(layers, kv_heads, head_dim, page_tokens, pages, dtype_code(dtype),
-                               dtype_code(kv_dtype.empty() ? dtype : kv_dtype), threads, spin_us);
+                               dtype_code(kv_dtype.empty() ? dtype : kv_dtype),
+                               std::get<std::shared_ptr<ThreadPool>>(threads));
           },
           "layers"_a, "kv_heads"_a, "head_dim"_a, "page_tokens"_a, "pages"_a,
-          "dtype"_a = "float32", "threads"_a = 1, "kv_dtype"_a = "", "spin_us"_a = 0)
+          "dtype"_a = "float32", "threads"_a = 1u, "kv_dtype"_a = "")
       .def("append", &append_rows, "layer"_a, "k"_a, "v"_a, "pages"_a, "offsets"_a)
       .def("attend", &attend_rows, "layer"_a, "q"_a, "out"_a, "tables"_a, "first_row"_a, "n_rows"_a,
            "first_position"_a, "window"_a = 0, "softcap"_a = 0.0f,

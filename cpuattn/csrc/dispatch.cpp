@@ -3,6 +3,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "dense_kernel.h"
 #include "kernel.h"
 #include "omniserve/shm/layout.h"
 
@@ -11,6 +12,7 @@ namespace {
 
 struct Candidate {
   const Kernels* kernels;
+  const DenseKernelSet* dense;
   bool (*runs_here)();
 };
 
@@ -36,22 +38,22 @@ bool has_v4_dot() {
 // The fastest first.
 constexpr Candidate kCandidates[] = {
 #if defined(__x86_64__)
-    {&kernel_v4_dot::kKernels, has_v4_dot},
-    {&kernel_v4::kKernels, has_v4},
-    {&kernel_v3::kKernels, has_v3},
+    {&kernel_v4_dot::kKernels, &kernel_v4_dot::kDense, has_v4_dot},
+    {&kernel_v4::kKernels, &kernel_v4::kDense, has_v4},
+    {&kernel_v3::kKernels, &kernel_v3::kDense, has_v3},
 #endif
-    {&kernel_base::kKernels, [] { return true; }},
+    {&kernel_base::kKernels, &kernel_base::kDense, [] { return true; }},
 };
 
-const Kernels* fastest() {
+const Candidate* fastest() {
   for (const Candidate& candidate : kCandidates)
-    if (candidate.runs_here()) return candidate.kernels;
+    if (candidate.runs_here()) return &candidate;
   return nullptr;  // not reached: the last one runs anywhere
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{fastest()};
-  return kernels;
+std::atomic<const Candidate*>& chosen() {
+  static std::atomic<const Candidate*> candidate{fastest()};
+  return candidate;
 }
 
 }  // namespace
@@ -65,7 +67,9 @@ Kernels::Attend Kernels::attend(std::uint32_t kv_dtype) const {
   }
 }
 
-const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed)->kernels; }
+
+const DenseKernelSet& dense_kernels() { return *chosen().load(std::memory_order_relaxed)->dense; }
 
 const char* kernel_name() { return kernels().name; }
 
@@ -79,7 +83,7 @@ std::vector<std::string> kernel_names() {
 void use_kernel(const std::string& name) {
   for (const Candidate& candidate : kCandidates) {
     if (name != candidate.kernels->name || !candidate.runs_here()) continue;
-    chosen().store(candidate.kernels, std::memory_order_relaxed);
+    chosen().store(&candidate, std::memory_order_relaxed);
     return;
   }
   throw std::invalid_argument("no kernel " + name + " on this CPU");

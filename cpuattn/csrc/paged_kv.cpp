@@ -1,13 +1,11 @@
 #include "paged_kv.h"
 
-#include <sys/mman.h>
-
+#include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace omniserve {
 namespace {
@@ -27,29 +25,22 @@ shm::Geometry own_geometry(std::uint32_t layers, std::uint32_t kv_heads, std::ui
   return g;
 }
 
-constexpr std::size_t kHugePage = 2u << 20;
+// Appended rows that a thread takes at a time, and how many make it worth to call the threads.
+constexpr std::size_t kRowsOfUnit = 32;
+constexpr std::size_t kRowsWorthSharing = 4 * kRowsOfUnit;
 
 }  // namespace
 
 PagedKv::PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
                  std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
-                 std::uint32_t kv_dtype, unsigned threads, std::int64_t spin_us)
-    : pool_(threads, {}, spin_us) {
-  const auto g = own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype, kv_dtype);
-  bytes_ = shm::align_up(shm::page_bytes(g) * g.pages, kHugePage);
-  memory_ = static_cast<std::byte*>(std::aligned_alloc(kHugePage, bytes_));
-  if (memory_ == nullptr) throw std::bad_alloc();
-  ::madvise(memory_, bytes_, MADV_HUGEPAGE);  // a refusal costs speed only
-  pages_ = KvPages(memory_, g);
-  // Touched now, not in the middle of a pass, and by the threads that will read it.
-  std::atomic<std::size_t> next{0};
-  pool_.run([&] {
-    for (std::size_t at; (at = next.fetch_add(kHugePage)) < bytes_;)
-      std::memset(memory_ + at, 0, kHugePage);
-  });
-}
+                 std::uint32_t kv_dtype, std::shared_ptr<ThreadPool> threads)
+    : PagedKv(own_geometry(layers, kv_heads, head_dim, page_tokens, pages, dtype, kv_dtype),
+              std::move(threads)) {}
 
-PagedKv::~PagedKv() { std::free(memory_); }
+PagedKv::PagedKv(const shm::Geometry& g, std::shared_ptr<ThreadPool> threads)
+    : pool_(std::move(threads)),
+      memory_(shm::page_bytes(g) * g.pages, *pool_),
+      pages_(memory_.take(shm::page_bytes(g) * g.pages), g) {}
 
 void PagedKv::check_place(std::int32_t layer, std::int32_t page, std::int32_t offset) const {
   const shm::Geometry& g = geometry();
@@ -69,7 +60,7 @@ void PagedKv::append(std::uint32_t layer, const Rows& k, const Rows& v, const st
                        static_cast<std::uint32_t>(offsets[i]),
                        static_cast<std::byte*>(k.data) + i * k.stride * elem,
                        static_cast<std::byte*>(v.data) + i * v.stride * elem});
-  pages_.write(tokens_, pool_);
+  pages_.write(tokens_, *pool_);
 }
 
 void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
@@ -104,7 +95,7 @@ void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
     segment.first_position = static_cast<std::uint32_t>(first_position[s]);
     segments_.push_back(segment);
   }
-  attention_.run(pages_, layer, heads, segments_, options, pool_);
+  attention_.run(pages_, layer, heads, segments_, options, *pool_);
 }
 
 void PagedKv::name_tokens(const SegmentView& segment, const std::int32_t* layers,
@@ -131,14 +122,14 @@ void PagedKv::export_tokens(const SegmentView& segment, const std::int32_t* laye
                             const std::int32_t* pages, const std::int32_t* offsets,
                             const std::int32_t* slots, const std::int32_t* indices, std::size_t n) {
   name_tokens(segment, layers, pages, offsets, slots, indices, n);
-  pages_.read(tokens_, pool_);
+  pages_.read(tokens_, *pool_);
 }
 
 void PagedKv::import_tokens(const SegmentView& segment, const std::int32_t* layers,
                             const std::int32_t* pages, const std::int32_t* offsets,
                             const std::int32_t* slots, const std::int32_t* indices, std::size_t n) {
   name_tokens(segment, layers, pages, offsets, slots, indices, n);
-  pages_.write(tokens_, pool_);
+  pages_.write(tokens_, *pool_);
 }
 
 }  // namespace omniserve

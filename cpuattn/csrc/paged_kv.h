@@ -2,9 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "attend.h"
+#include "huge_memory.h"
 #include "kv_pages.h"
 #include "segment.h"
 #include "thread_pool.h"
@@ -26,12 +28,11 @@ class PagedKv {
   PagedKv& operator=(const PagedKv&) = delete;
   PagedKv(std::uint32_t layers, std::uint32_t kv_heads, std::uint32_t head_dim,
           std::uint32_t page_tokens, std::uint32_t pages, std::uint32_t dtype,
-          std::uint32_t kv_dtype, unsigned threads, std::int64_t spin_us);
-  ~PagedKv();
+          std::uint32_t kv_dtype, std::shared_ptr<ThreadPool> threads);
 
   const shm::Geometry& geometry() const { return pages_.geometry(); }
   const KvPages& pages() const { return pages_; }
-  ThreadPool& threads() { return pool_; }
+  ThreadPool& threads() { return *pool_; }
 
   void append(std::uint32_t layer, const Rows& k, const Rows& v, const std::int32_t* pages,
               const std::int32_t* offsets);
@@ -53,15 +54,15 @@ class PagedKv {
   void check_place(std::int32_t layer, std::int32_t page, std::int32_t offset) const;
 
  private:
+  PagedKv(const shm::Geometry& geometry, std::shared_ptr<ThreadPool> threads);
   // Puts the tokens of a transfer into tokens_.
   void name_tokens(const SegmentView& segment, const std::int32_t* layers,
                    const std::int32_t* pages, const std::int32_t* offsets,
                    const std::int32_t* slots, const std::int32_t* indices, std::size_t n);
 
-  std::byte* memory_ = nullptr;
-  std::size_t bytes_ = 0;
+  std::shared_ptr<ThreadPool> pool_;
+  HugeMemory memory_;
   KvPages pages_;
-  ThreadPool pool_;
   std::vector<Segment> segments_;  // of a call; kept for their memory
   std::vector<KvToken> tokens_;
   Attention attention_;

@@ -8,13 +8,6 @@
 #include "spin.h"
 
 namespace omniserve {
-namespace {
-
-// Turns of waiting for the last helpers before the core is offered to somebody else, who may be
-// the helper that is waited for.
-constexpr int kPausesBeforeYield = 2000;
-
-}  // namespace
 
 void pin_this_thread(int cpu) {
   cpu_set_t set;
@@ -57,8 +50,7 @@ void ThreadPool::run(const std::function<void()>& task) {
   }
   task();
   open_.store(false);
-  for (int turns = 0; inside_.load() != 0; ++turns)
-    turns < kPausesBeforeYield ? relax_core() : std::this_thread::yield();
+  for (int turn = 0; inside_.load() != 0; ++turn) wait_a_turn(turn);
 }
 
 void ThreadPool::join_task() {

@@ -53,6 +53,10 @@ def test_ring_indices_match_a_model_where_they_wrap(build: Build) -> None:
     _run(str(build("ring_model", "address,undefined")))
 
 
+def test_steps_see_all_that_the_steps_before_them_wrote_whoever_comes_late(build: Build) -> None:
+    _run(str(build("steps_threads", "thread")))
+
+
 @pytest.mark.slow
 def test_a_million_hostile_messages_touch_nothing_and_change_no_honest_answer(
     build: Build, tmp_path: Path

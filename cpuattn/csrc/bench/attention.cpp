@@ -45,7 +45,7 @@ class AttentionProbe {
         sets_(sets),
         max_pages_((context + rows + page_tokens - 1) / page_tokens),
         kv_(1, kv_heads, head_dim, page_tokens, max_pages_ * batch * sets, shm::kBfloat16,
-            code_of(kv_dtype), threads, kSpinUs) {
+            code_of(kv_dtype), std::make_shared<ThreadPool>(threads, std::vector<int>{}, kSpinUs)) {
     tables_.resize(std::size_t{max_pages_} * batch * sets);
     std::iota(tables_.begin(), tables_.end(), 0);
     std::mt19937 draw(1);

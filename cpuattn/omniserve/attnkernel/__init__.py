@@ -1,7 +1,8 @@
-"""The native core: attention over paged KV, and the worker's side of an attention server's segment.
+"""The native core: attention over paged KV, dense layers, and the worker's side of a segment.
 
-The worker imports it for its own pages (`PagedKv`) and to talk to attention servers (`WorkerLink`,
-`Bell`); the attention server runs its hot loop from it.
+The worker imports it for its own pages (`PagedKv`), for the dense part of a model (`DenseModel`)
+and to talk to attention servers (`WorkerLink`, `Bell`); the attention server runs its hot loop
+from it.
 """
 
 from omniserve.attnkernel._core import (
@@ -18,8 +19,12 @@ from omniserve.attnkernel._core import (
     STATUS_NO_PAGE,
     STATUS_OK,
     Bell,
+    DenseModel,
     Geometry,
     PagedKv,
+    Slots,
+    StageRows,
+    Threads,
     WorkerLink,
     kernel_name,
 )
@@ -38,8 +43,12 @@ __all__ = [
     "STATUS_NO_PAGE",
     "STATUS_OK",
     "Bell",
+    "DenseModel",
     "Geometry",
     "PagedKv",
+    "Slots",
+    "StageRows",
+    "Threads",
     "WorkerLink",
     "kernel_name",
 ]

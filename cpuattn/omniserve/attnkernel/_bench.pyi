@@ -27,6 +27,13 @@ class ReadProbe:
     def sweep(self) -> list[float]:
         """Bytes per second of one run of each loop."""
 
+class GemmProbe:
+    """Products with a bfloat16 matrix of which there are `copies`, used in turn."""
+
+    def __init__(self, *, outputs: int, inputs: int, copies: int, threads: int) -> None: ...
+    def run(self, rows: int) -> float:
+        """Seconds of one call."""
+
 class AttentionProbe:
     """Sets of `batch` sequences of `context` tokens; every call attends the next set.
 

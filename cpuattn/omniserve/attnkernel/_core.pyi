@@ -76,11 +76,21 @@ def kernel_names() -> list[str]:
 def use_kernel(name: str) -> None:
     """Replaces the kernel in this process, for tests and comparisons."""
 
+class Threads:
+    """`count` threads with the caller, who calls one object at a time that they work for.
+
+    The others look for work for `spin_us` before they sleep.
+    """
+
+    def __init__(self, count: int, spin_us: int = 0) -> None: ...
+    @property
+    def count(self) -> int: ...
+
 class PagedKv:
     """A pool of KV pages in this process. A token's place is (page, offset), in every layer.
 
     `dtype` is that of rows: float32, bfloat16 or float16. `kv_dtype` is that of KV: the same
-    (the default), or int8. Threads look for work for `spin_us` before they sleep.
+    (the default), or int8. `threads` may be shared with others that this thread calls.
     """
 
     def __init__(
@@ -91,9 +101,8 @@ class PagedKv:
         page_tokens: int,
         pages: int,
         dtype: str = "float32",
-        threads: int = 1,
+        threads: int | Threads = 1,
         kv_dtype: str = "",
-        spin_us: int = 0,
     ) -> None: ...
     def append(self, layer: int, k: Array, v: Array, pages: Int32s, offsets: Int32s) -> None:
         """Writes k, v: [n, kv_heads * head_dim] at places pages, offsets: i32[n]."""
@@ -151,6 +160,83 @@ class PagedKv:
         self, layer: int, page: int, offset: int
     ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """k, v of one place, each [kv_heads * head_dim]."""
+
+class Slots:
+    """Rows of a device or a server: attention [n, q_size], and qkv [n, q_size + 2 kv_size]."""
+
+    def __init__(self, attention: Array, qkv: Array) -> None: ...
+
+class StageRows:
+    """Residuals [n, hidden] of one owner's rows, and the slots that they may be in."""
+
+    def __init__(self, residual: Array, slots: Sequence[Slots]) -> None: ...
+
+# Owner; rows: i64[n], which of its residuals (None: all); owners: i32[n], which of its slots
+# arrays (None: the first); slots: i32[n], rows of that (None: as `rows`); positions, tokens:
+# i64[n].
+StagePart = tuple[StageRows, Array | None, Array | None, Array | None, Array | None, Array | None]
+
+class DenseModel:
+    """The dense part of a model, a stage at a time. One caller at a time.
+
+    Stage l leaves layer l - 1 (output projection, residual, MLP) and enters layer l (norm, QKV,
+    norm of heads, RoPE); stage 0 begins with the embedding. Sums are float32, and a row's results
+    depend neither on the other rows of the call nor on the number of threads.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        hidden: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        intermediate: int,
+        vocabulary: int,
+        context_tokens: int,
+        norm_epsilon: float,
+        dtype: str,
+        threads: Threads,
+        cos: Array,
+        sin: Array,
+    ) -> None:
+        """dtype: float32 or bfloat16, of weights and rows. cos, sin: f32[context, head_dim / 2].
+
+        RoPE turns the halves of a head.
+        """
+
+    def set_layer(
+        self,
+        layer: int,
+        *,
+        attention_norm: Array,
+        qkv: Array,
+        attention_out: Array,
+        mlp_norm: Array,
+        gate_up: Array,
+        down: Array,
+        qkv_bias: Array | None = None,
+        q_norm: Array | None = None,
+        k_norm: Array | None = None,
+    ) -> None:
+        """Copies a layer's weights; matrices are [out, in], gate_up is all of gate, then of up.
+
+        q_norm, k_norm: [head_dim], of an RMS norm of each head before RoPE.
+        """
+
+    def set_ends(self, *, embedding: Array, final_norm: Array, head: Array) -> None:
+        """Copies all but the embedding, which must not change: [vocabulary, hidden]."""
+
+    def run(self, stage: int, parts: Sequence[StagePart]) -> None:
+        """Runs `stage` < layers: reads residuals and attention (tokens in stage 0).
+
+        Writes residuals and qkv. Raises IndexError for an index, position or token out of range,
+        before it writes anything.
+        """
+
+    def finish(self, parts: Sequence[StagePart], logits: Array) -> None:
+        """Runs stage `layers`. logits: f32[rows or more, vocabulary], in the order of `parts`."""
 
 class WorkerLink:
     """The worker's side of a segment. One per (epoch, server); not thread-safe; never blocks.

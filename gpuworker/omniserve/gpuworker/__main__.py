@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import multiprocessing
-import os
 import secrets
 import signal
 import socket
@@ -53,9 +52,6 @@ class Worker:
         self._attachments: Attachments | None = None
         self._front = WorkerFront(settings, self._channel, self._server_stats)
         self._health = health.aio.HealthServicer()
-        # The engine's OpenMP threads share their cores with the attention servers: a thread that
-        # spins for milliseconds at a barrier keeps the one that it waits for from running.
-        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
         context = multiprocessing.get_context("spawn")
         self._engine = context.Process(
             target=engine_process.run,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from omniserve.gpuworker.device.rows import CohortRows
 from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.requests import Request
 
@@ -35,8 +36,7 @@ class Cohort:
         self.chunks = tuple(chunks)
         self.load = load_of(chunks)
         self.stage = 0
-        self.residual: torch.Tensor | None = None
-        self.attention: torch.Tensor | None = None
+        self.held: CohortRows | None = None
         counts = [chunk.tokens for chunk in chunks]
         self.rows = sum(counts)
         positions = np.concatenate([np.arange(c.start, c.end) for c in chunks])

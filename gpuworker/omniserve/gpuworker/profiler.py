@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
-import torch
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.device.rows import CohortRows
 from omniserve.gpuworker.requests import Request
 from omniserve.latency import LatencyProfile
 
@@ -72,23 +72,24 @@ class _Stages:
     """The dense part of each kind of stage, with `rows` made-up rows."""
 
     def __init__(self, device: CpuDevice, rows: int) -> None:
-        config = device.config
         self._device = device
-        self._tokens = torch.zeros(rows, dtype=torch.int64)
-        self._positions = torch.arange(rows) % config.context_tokens
-        self._residual = torch.randn(rows, config.hidden).to(device.dtype)
-        self._attention = torch.randn(rows, config.q_size).to(device.dtype)
+        self._rows = rows
+        at = np.arange(rows) % device.config.context_tokens
+        held = CohortRows(
+            device.config, device.dtype, np.zeros(rows, np.int64), at, np.arange(rows)
+        )
+        held.attention[:] = 0
+        self._all, self._sampled = [held.all], [held.sampled]
+        self.first()
 
     def first(self) -> None:
-        self._device.enter_layer(0, self._device.embed(self._tokens), self._positions)
+        self._device.run(0, self._all)
 
     def middle(self, layer: int) -> None:
-        residual = self._device.leave_layer(layer, self._residual, self._attention)
-        self._device.enter_layer(layer + 1, residual, self._positions)
+        self._device.run(layer + 1, self._all)
 
     def last(self) -> None:
-        layer = self._device.config.layers - 1
-        self._device.logits(self._device.leave_layer(layer, self._residual, self._attention))
+        self._device.logits(self._sampled, self._rows)
 
 
 def _decode_attention(device: CpuDevice, context: int, page_tokens: int) -> tuple[float, float]:
@@ -114,11 +115,10 @@ def _chunk(start: int, tokens: int, page_tokens: int, owner: int = 0) -> Chunk:
 
 
 def _attention_ns(device: CpuDevice, cohort: Cohort) -> float:
-    config = device.config
-    qkv = torch.randn(cohort.rows, config.q_size + 2 * config.kv_size).to(device.dtype)
-    out = torch.empty(cohort.rows, config.q_size, dtype=device.dtype)
-    layers = iter(list(range(config.layers)) * _REPEATS)
-    return _undisturbed_ns(lambda: device.attend(next(layers), qkv, cohort, out), 2 * _REPEATS)
+    rows = device.enter(cohort)
+    rows.qkv[:] = 0
+    layers = iter(list(range(device.config.layers)) * _REPEATS)
+    return _undisturbed_ns(lambda: device.attend(next(layers), cohort, rows), 2 * _REPEATS)
 
 
 def _undisturbed_ns(work: Callable[[], object], repeats: int) -> float:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from omniserve.attnkernel import KIND_ATTEND, KIND_FREE, WorkerLink
+from omniserve.attnkernel import KIND_ATTEND, KIND_FREE, Slots, WorkerLink
 from omniserve.gpuworker.requests import Request
 
 Ints = npt.NDArray[np.int32]
@@ -30,10 +30,10 @@ class AttentionServer:
         self.transfer_slots_free = list(range(int(geometry.slots) - 1, self.sequences_max - 1, -1))
         slab = torch.from_numpy(link.slab.view(np.int16)) if link.slab.dtype == np.uint16 else None
         rows = slab.view(torch.bfloat16) if slab is not None else torch.from_numpy(link.slab)
-        self.qkv = rows[:, link.q_offset : link.out_offset]
-        """[slots, q_size + 2 kv_size], what the worker sends."""
-        self.out = rows[:, link.out_offset :]
-        """[slots, q_size], what the server answers."""
+        self.slots = Slots(
+            attention=rows[:, link.out_offset :], qkv=rows[:, link.q_offset : link.out_offset]
+        )
+        """q, k, v that the worker sends and attention outputs that the server answers."""
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
+from omniserve.attnkernel import Slots, StageRows
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.device.rows import CohortRows, Part
 from omniserve.gpuworker.parking import ParkingLot, Rows
 from omniserve.gpuworker.servers import AttentionServer
 
@@ -26,92 +30,74 @@ class StageRunner:
         self._parking = parking
         self._servers = servers
         self._layers = device.config.layers
-        self._q_size = device.config.q_size
+        self._slots: list[Slots] = []
+        self._lot_rows = StageRows(parking.residual, [])
 
     def run(self, stage: int, cohorts: Sequence[Cohort], boarded: Rows) -> torch.Tensor | None:
         """Takes all rows through `stage` and sends boarded rows away.
 
         Returns, from the last stage only, the logits [rows, vocabulary] float32: those of each
-        cohort's `sampled` requests in order, then those of the boarded rows.
+        cohort's `sampled` requests in order, then those of the boarded rows. Valid until the
+        next last stage.
         """
         if stage == self._layers:
             return self._finish(cohorts, boarded)
-        parked = torch.from_numpy(boarded)
-        if stage == 0:
-            tokens = [c.tokens for c in cohorts]
-            tokens.append(torch.from_numpy(self._parking.token[boarded]))
-            residual = self._device.embed(torch.cat(tokens))
-        else:
-            residual, attention = self._gather(cohorts, boarded)
-            residual = self._device.leave_layer(stage - 1, residual, attention)
-        positions = [c.positions for c in cohorts]
-        positions.append(torch.from_numpy(self._parking.position[boarded]))
-        qkv = self._device.enter_layer(stage, residual, torch.cat(positions))
-
-        fixed = sum(c.rows for c in cohorts)
+        held = [self._held(cohort) for cohort in cohorts]
+        parts = [rows.all for rows in held]
         if len(boarded):
-            self._parking.residual[parked] = residual[fixed:]
-            self._send(stage, qkv[fixed:], boarded)
-        row = 0
-        for cohort in cohorts:
-            rows = slice(row, row + cohort.rows)
-            cohort.residual = residual[rows]
-            cohort.attention = torch.empty(cohort.rows, self._q_size, dtype=qkv.dtype)
-            self._device.attend(stage, qkv[rows], cohort, cohort.attention)
+            owners = self._owners(boarded)
+            parts.append(self._parked(boarded, owners))
+        self._device.run(stage, parts)
+        if len(boarded):
+            self._send(stage, boarded, owners)
+        for cohort, rows in zip(cohorts, held, strict=True):
+            self._device.attend(stage, cohort, rows)
             cohort.stage = stage + 1
-            row += cohort.rows
         return None
 
     def _finish(self, cohorts: Sequence[Cohort], boarded: Rows) -> torch.Tensor | None:
         """The last stage: only rows whose next token is wanted go through it."""
-        residuals, attentions = [], []
-        for cohort in cohorts:
-            assert cohort.residual is not None
-            assert cohort.attention is not None
-            residuals.append(cohort.residual[cohort.sampled_rows])
-            attentions.append(cohort.attention[cohort.sampled_rows])
-            cohort.stage = self._layers + 1
-        residuals.append(self._parking.residual[torch.from_numpy(boarded)])
-        attentions.append(self._answers(boarded))
-        residual = torch.cat(residuals)
-        if not len(residual):
-            return None
-        residual = self._device.leave_layer(self._layers - 1, residual, torch.cat(attentions))
-        return self._device.logits(residual)
-
-    def _gather(
-        self, cohorts: Sequence[Cohort], boarded: Rows
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        residuals = [c.residual for c in cohorts if c.residual is not None]
-        attentions = [c.attention for c in cohorts if c.attention is not None]
+        parts = [self._held(cohort).sampled for cohort in cohorts]
+        count = sum(len(cohort.sampled) for cohort in cohorts) + len(boarded)
         if len(boarded):
-            residuals.append(self._parking.residual[torch.from_numpy(boarded)])
-            attentions.append(self._answers(boarded))
-        if len(residuals) == 1:
-            return residuals[0], attentions[0]
-        return torch.cat(residuals), torch.cat(attentions)
+            parts.append(self._parked(boarded, self._owners(boarded)))
+        for cohort in cohorts:
+            cohort.stage = self._layers + 1
+        return self._device.logits(parts, count) if count else None
 
-    def _answers(self, boarded: Rows) -> torch.Tensor:
-        """Attention outputs of `boarded` from their slots, [rows, q_size]."""
-        out = torch.empty(len(boarded), self._q_size, dtype=self._device.dtype)
-        for server, rows, sequences in self._by_server(boarded):
-            out[rows] = server.out[sequences]
-        return out
+    def _held(self, cohort: Cohort) -> CohortRows:
+        if cohort.held is None:
+            cohort.held = self._device.enter(cohort)
+        return cohort.held
 
-    def _send(self, layer: int, qkv: torch.Tensor, boarded: Rows) -> None:
-        self._parking.send_away(boarded, layer + 1)
-        for server, rows, sequences in self._by_server(boarded):
-            server.qkv[sequences] = qkv[rows]
-            parked = boarded[rows.numpy()]
-            server.attend(layer, self._parking.sequence[parked], self._parking.position[parked])
+    def _parked(self, boarded: Rows, owners: npt.NDArray[np.int32]) -> Part:
+        """Rows of the parking lot: attention outputs and q, k, v are in their servers' slots."""
+        lot = self._parking
+        slots = [server.slots for server in self._servers]
+        if slots != self._slots:  # a server came or went
+            self._slots, self._lot_rows = slots, StageRows(lot.residual, slots)
+        return Part(
+            self._lot_rows,
+            boarded,
+            owners,
+            lot.sequence[boarded],
+            lot.position[boarded],
+            lot.token[boarded],
+        )
 
-    def _by_server(self, boarded: Rows) -> list[tuple[AttentionServer, torch.Tensor, torch.Tensor]]:
-        """Splits `boarded` into (server, indices into boarded, sequence ids)."""
-        owners = torch.from_numpy(self._parking.server[boarded])
-        sequences = torch.from_numpy(self._parking.sequence[boarded]).long()
-        parts = []
-        for server in self._servers:
-            rows = torch.nonzero(owners == server.index).flatten()
+    def _owners(self, boarded: Rows) -> npt.NDArray[np.int32]:
+        """Where in `_servers` each boarded row's server is."""
+        place = np.full(1 + max(server.index for server in self._servers), -1, dtype=np.int32)
+        for at, server in enumerate(self._servers):
+            place[server.index] = at
+        owners: npt.NDArray[np.int32] = place[self._parking.server[boarded]]
+        return owners
+
+    def _send(self, layer: int, boarded: Rows, owners: npt.NDArray[np.int32]) -> None:
+        """Asks the servers for the attention of rows whose q, k and v are in their slots."""
+        lot = self._parking
+        lot.send_away(boarded, layer + 1)
+        for at, server in enumerate(self._servers):
+            rows = boarded[owners == at]
             if len(rows):
-                parts.append((server, rows, sequences[rows]))
-        return parts
+                server.attend(layer, lot.sequence[rows], lot.position[rows])

@@ -1,0 +1,2 @@
+#define OMNISERVE_KERNEL_ISA kernel_base
+#include "dense_impl.h"
