@@ -50,13 +50,13 @@ def main() -> int:
         sequences=options.sequences,
     )
     machine = Machine(limits.read_bytes_per_s(THREADS), limits.gemm_flops(THREADS))
-    runs = Runs(options.runs, options.runs_max)
+    runs = Runs(options.runs, options.runs_max, machine)
     saturation = options.saturation or saturation_per_s(load, runs)
     if saturation is not None:
         rate = options.rate or LOAD * saturation
         seeds = range(load.seeds(rate, options.requests))
         _make_runs(load, rate, seeds, runs, options.policies, machine)
-    report = coserve_report.pooled(runs.done, load, machine)
+    report = coserve_report.pooled(runs.done, load)
     report |= {"saturation_per_s": saturation, "complete": not runs.exhausted}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
     return 0

@@ -37,7 +37,7 @@ def rooflines(
         yield f"{policy}: at most {bound:.0f} BE tokens/s"
 
 
-def pooled(runs: Runs, load: CoserveLoad, machine: Machine) -> dict[str, Any]:
+def pooled(runs: Runs, load: CoserveLoad) -> dict[str, Any]:
     """The report, of the rate that most runs were made at: others belong to the bisection."""
     rates = [run["rate_per_s"] for run in runs if run["policy"] != "ls-only"] or [
         run["rate_per_s"] for run in runs
@@ -45,8 +45,6 @@ def pooled(runs: Runs, load: CoserveLoad, machine: Machine) -> dict[str, Any]:
     report: dict[str, Any] = {
         "lengths": load.lengths.source,
         "slo": {"ttft_ms": load.slo.ttft_ms, "tpot_ms": load.slo.tpot_ms},
-        "read_gbs": round(machine.read_bytes_per_s / 1e9, 1),
-        "gemm_gflops": round(machine.matrix_flops / 1e9, 1),
         "policies": [],
     }
     if not rates:
@@ -58,7 +56,7 @@ def pooled(runs: Runs, load: CoserveLoad, machine: Machine) -> dict[str, Any]:
     )
     groups = itertools.groupby(here, key=lambda run: (run["policy"], run["headroom"]))
     ls = _ls_load(here)
-    lines = [_line(*key, list(group), load, machine, ls) for key, group in groups]
+    lines = [_line(*key, list(group), load, ls) for key, group in groups]
     return report | {"rate_per_s": rate, "policies": _best_headroom(lines)}
 
 
@@ -67,9 +65,9 @@ def _line(
     headroom: float | None,
     runs: Runs,
     load: CoserveLoad,
-    machine: Machine,
     ls: LsLoad,
 ) -> dict[str, Any]:
+    machine = Machine(_mean(runs, "read_bytes_per_s"), _mean(runs, "matrix_flops"))
     requests = [request for run in runs for request in run["requests"]]
     met = np.array([request["met"] for request in requests], dtype=float)
     ttfts = [r["ttft_ms"] for r in requests if r["ttft_ms"] is not None]
@@ -84,11 +82,13 @@ def _line(
         "ls_requests": len(requests),
         "ls_ttft_p99_ms": round(percentile(ttfts, 99) or 0.0, 1),
         "ls_tpot_p99_ms": round(percentile(tpots, 99) or 0.0, 2),
-        "be_tokens_per_s": round(float(np.mean([run["be_tokens_per_s"] for run in runs])), 1),
+        "be_tokens_per_s": round(_mean(runs, "be_tokens_per_s"), 1),
         "be_roofline_tokens_per_s": round(
             _roofline(policy, headroom, context, load, machine, ls), 1
         ),
         "be_context_tokens": round(context),
+        "read_gbs": round(machine.read_bytes_per_s / 1e9, 1),
+        "gemm_gflops": round(machine.matrix_flops / 1e9, 1),
         "tokens_by_path": {path: sum(paths[path] for paths in by_path) for path in by_path[0]},
         "cores": {
             name: round(float(np.mean([r["cores"][name] for r in runs])), 3)
@@ -132,11 +132,12 @@ def _ls_load(runs: Runs) -> LsLoad:
     mine = [run for run in mine if run["rate_per_s"] == mine[-1]["rate_per_s"]]
     if not mine:
         return LsLoad(0.0, 0.0, 0.0)
-    means = [
-        float(np.mean([run[name] for run in mine]))
-        for name in ("busy_share", "passes_per_s", "ls_tokens_per_pass")
-    ]
-    return LsLoad(*means)
+    names = ("busy_share", "passes_per_s", "ls_tokens_per_pass")
+    return LsLoad(*(_mean(mine, name) for name in names))
+
+
+def _mean(runs: Runs, name: str) -> float:
+    return float(np.mean([run[name] for run in runs]))
 
 
 def _bootstrap(met: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:

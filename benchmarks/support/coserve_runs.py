@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +17,7 @@ import numpy as np
 from support.cpu_time import CpuTime
 from support.lengths import Lengths
 from support.load import Arrival, Load, Sent, Slo
+from support.roofline import Machine
 from support.telemetry import tokens_by_path
 from support.worker import pages_for, serve
 from support.worker_stack import WorkerStack
@@ -69,12 +70,13 @@ class CoserveLoad:
 class Runs:
     """Finished runs by their keys, in a file that a later call goes on from."""
 
-    def __init__(self, path: Path | None, more: int) -> None:
+    def __init__(self, path: Path | None, more: int, machine: Machine) -> None:
         self.done: list[dict[str, Any]] = []
         self.exhausted = False
         """Whether a run was left out because this call had made enough."""
         self._path = path
         self._more = more
+        self._machine = machine
         if path is not None and path.is_file():
             self.done = [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -90,7 +92,7 @@ class Runs:
             self.exhausted = True
             return None
         self._more -= 1
-        made = key | _run(load, policy, headroom, rate_per_s, seed)
+        made = key | asdict(self._machine) | _run(load, policy, headroom, rate_per_s, seed)
         self.done.append(made)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
