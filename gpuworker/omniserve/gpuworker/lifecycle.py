@@ -272,14 +272,13 @@ class Lifecycle:
 
     def transfer(self) -> None:
         """Checkpoints what was computed, goes on with restores, ends those that are complete."""
-        page_tokens = self.state.page_tokens
         for request in self.state.be_device:
             if request.server >= 0:
+                if request.mirrored < request.mirrored_sent:
+                    self._look_at_mirror(request)
                 tokens = self.host.checkpoint(request)
                 self.blocks.sent_to(request, request.mirrored_sent + tokens)
                 self.counters.checkpointed_tokens += tokens
-                if request.mirrored_sent // page_tokens > request.mirrored // page_tokens:
-                    self._look_at_mirror(request)
         for request in list(self.state.be_restoring):
             self.host.restore(request)
             if request.restored == request.computed and request.transfers == 0:

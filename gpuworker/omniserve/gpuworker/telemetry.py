@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
-from omniserve.gpuworker.requests import Request
 from omniserve.v1 import status_pb2
 
 
@@ -78,16 +77,8 @@ def snapshot(
         rows_away=int(state.parked.away.sum()),
         device_blocks_total=state.blocks_total,
         device_blocks_free=state.blocks_free,
-        kv_checkpoint_lag_tokens=sum(_checkpoint_lag(r, state.stages - 1) for r in mirrored),
+        kv_checkpoint_lag_tokens=sum(r.computed - r.mirrored for r in mirrored),
         ls_prefill_tokens_waiting=sum(r.known - r.computed for r in prompts),
         decode_pass_ms=decode_ns / 1e6,
         prefill_token_ms=max(0.0, both_ns - decode_ns) / chunk / 1e6,
     )
-
-
-def _checkpoint_lag(request: Request, layers: int) -> int:
-    """Computed tokens that the arena lacks: those not sent, and those not answered.
-
-    A checkpoint is a message for each layer of a token.
-    """
-    return request.computed - request.mirrored_sent + -(-request.transfers // layers)
