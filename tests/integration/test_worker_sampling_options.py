@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from support.random_models import KINDS, make
@@ -14,9 +15,11 @@ from support.sampling_reference import next_token
 from support.worker_stack import WorkerStack
 
 from omniserve.gpuworker.sampling_params import SamplingParams
+from omniserve.internal.v1 import worker_pb2
 
 KIND = next(kind for kind in KINDS if kind.name == "qwen2")
 MAX_TOKENS = 64
+CONTEXT_TOKENS = 128
 PROMPT = [11, 7, 300, 42, 7, 9]
 OPTIONS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.8, "seed": 1},
@@ -48,9 +51,16 @@ def model() -> Any:
 def stack(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WorkerStack]:
     folder: Path = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    flags = {"model-path": folder, "be-placement": "host"}
+    flags = {"model-path": folder, "be-placement": "host", "context-tokens-max": CONTEXT_TOKENS}
     with WorkerStack(servers=1, worker_flags=flags) as stack:
         yield stack
+
+
+def test_a_context_may_be_cut_short(stack: WorkerStack) -> None:
+    report = stack.stub.GetWorkerStatus(worker_pb2.GetWorkerStatusRequest())
+    assert report.context_tokens == report.ls_tokens_max == CONTEXT_TOKENS
+    with pytest.raises(grpc.RpcError, match="exceed 128 tokens"):
+        stack.generate(PROMPT, CONTEXT_TOKENS)
 
 
 def logits_behind(model: Any, tokens: list[int]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import os
 import platform
 import signal
@@ -50,6 +51,9 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
 def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engine:
     model = open_model(settings.model_path)
     config = model.config
+    if settings.context_tokens_max:
+        context_tokens = min(config.context_tokens, settings.context_tokens_max)
+        config = dataclasses.replace(config, context_tokens=context_tokens)
     pages = settings.device_kv_tokens // settings.page_tokens
     weights = load_weights(model, getattr(torch, settings.dtype))
     device = CpuDevice(config, weights, pages, settings.page_tokens, settings.threads)

@@ -45,6 +45,12 @@ class WorkerSettings(BaseSettings):
     model_path: Path = Field(
         Path("model.gguf"), description="GGUF file, or Hugging Face folder with safetensors."
     )
+    context_tokens_max: int = Field(
+        0,
+        ge=0,
+        description="Serve no longer requests than this, of models with contexts that memory has "
+        "no room for; 0 is the model's own context.",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "bfloat16", description="Of weights, activations and KV."
     )
