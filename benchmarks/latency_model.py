@@ -10,8 +10,9 @@ is recorded before it is launched; accuracy is 1 - |predicted - measured| / meas
 
 The last line is one JSON object: `mean` and `p10` (exceeded by 90 %) over the iterations of the
 mixed run, `by_regime` (the same with `iterations`), `noise_floor` (`mean`, `p10`, over the repeated
-batches), `of_floor` (both over the floor's), and `cut_short`: iterations from which BE left on the
-way, whose prediction was of another plan; they are in no figure.
+batches), `of_floor` (both over the floor's), `decision_share` (of the time of the iterations, what
+decisions and moves took), and `cut_short`: iterations from which BE left on the way, whose
+prediction was of another plan; they are in no accuracy.
 """
 
 from __future__ import annotations
@@ -148,6 +149,9 @@ def _report(
         "by_regime": {name: _figures(values) for name, values in sorted(by_regime.items())},
         "noise_floor": floor,
         "of_floor": {name: round(figures[name] / floor[name], 4) for name in ("mean", "p10")},
+        "decision_share": round(
+            sum(i["decision_ns"] for i in live) / sum(i["measured_ns"] for i in live), 4
+        ),
         "cut_short": len(live) - len(whole),
     }
 

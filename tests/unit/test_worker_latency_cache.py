@@ -84,7 +84,7 @@ def test_iterations_are_written_oldest_first(tmp_path: Path) -> None:
     log = IterationLog(str(path))
     for number in range(3):
         plan = Plan(range(2), regime=Regime.BOARDING, rows=number, predicted_ns=10.0)
-        log.begin(plan, decided_ns=100 + number)
+        log.begin(plan, decided_ns=100 + number, decision_ns=7)
         log.end(measured_ns=20, cut_short=number == 2)
     log.write()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -92,6 +92,7 @@ def test_iterations_are_written_oldest_first(tmp_path: Path) -> None:
     assert [line["cut_short"] for line in lines] == [False, False, True]
     assert lines[0] == {
         "decided_ns": 100,
+        "decision_ns": 7,
         "regime": "boarding",
         "rows": 0,
         "stages": 2,
@@ -103,6 +104,6 @@ def test_iterations_are_written_oldest_first(tmp_path: Path) -> None:
 
 def test_without_a_path_nothing_is_kept_or_written() -> None:
     log = IterationLog("")
-    log.begin(Plan(range(2)), decided_ns=1)
+    log.begin(Plan(range(2)), decided_ns=1, decision_ns=1)
     log.end(measured_ns=20, cut_short=False)
     log.write()

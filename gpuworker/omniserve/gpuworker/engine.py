@@ -74,11 +74,13 @@ class Engine:
             seen = self._bell.value()
             self._inbox.drain()
             self._lifecycle.take_answers()
+            began = self._clock_ns()
             gave_back = self._move()
             now = self._clock_ns()
             # Memory came free for LS: nothing else starts before it is decided who gets it.
             plan = None if gave_back else self._policy.plan(self._state, self._model, now)
             if plan is not None:
+                self._log.begin(plan, now, self._clock_ns() - began)
                 self._run_pass(plan, now)
             self._publish(now)
             if plan is None and not gave_back:
@@ -88,7 +90,6 @@ class Engine:
 
     def _run_pass(self, plan: Plan, decided_ns: int) -> None:
         """Runs the plan's stages; BE leaves at a stage boundary if a newcomer needs the time."""
-        self._log.begin(plan, decided_ns)  # predictions are recorded before anything runs
         ls = Cohort(plan.ls, self._settings.page_tokens) if plan.ls else None
         if plan.be:
             self._be_cohort = Cohort(plan.be, self._settings.page_tokens)
@@ -184,7 +185,8 @@ class Engine:
         if beside_ls:
             counters.ls_stages += 1
             counters.boarded_rows += len(boarded)
-            self._parking.ls_stages[boarded] += 1
+            if len(boarded):
+                self._parking.ls_stages[boarded] += 1
         else:
             counters.be_only_stages += 1
             counters.be_only_rows += len(boarded)

@@ -18,6 +18,7 @@ _ITERATIONS = 1 << 16
 _FIELDS = np.dtype(
     [
         ("decided_ns", np.int64),
+        ("decision_ns", np.int64),
         ("regime", np.int8),
         ("rows", np.int32),
         ("stages", np.int16),
@@ -37,11 +38,16 @@ class IterationLog:
         self._ring = np.zeros(_ITERATIONS if path else 0, dtype=_FIELDS)
         self._count = 0
 
-    def begin(self, plan: Plan, decided_ns: int) -> None:
-        """Records what `plan` is predicted to take, before it runs. Times are the engine's."""
+    def begin(self, plan: Plan, decided_ns: int, decision_ns: int) -> None:
+        """Records what `plan` is predicted to take, before it runs.
+
+        `decided_ns` is when, on the engine's clock; `decision_ns` is how long the decision and
+        its moves took.
+        """
         if self._path:
             self._ring[self._count % _ITERATIONS] = (
                 decided_ns,
+                decision_ns,
                 plan.regime,
                 plan.rows,
                 len(plan.stages),
