@@ -129,7 +129,8 @@ __attribute__((noinline)) void multiply(const Part& part, const typename F::Elem
       const typename F::Line high = F::line(lines + u * kStepBytes + kLineBytes);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const typename F::Spread value = F::spread(group[r / 3] + (r % 3) * stride + u * F::kPacking);
+        const typename F::Elem* row = group[r / 3] + (r % 3) * stride;
+        const typename F::Spread value = F::spread(row + u * F::kPacking);
         acc[r][0] = F::dot(acc[r][0], low, value);
         acc[r][1] = F::dot(acc[r][1], high, value);
       }

@@ -27,7 +27,7 @@ constexpr std::size_t padded(std::size_t n) { return (n + kPad - 1) / kPad * kPa
 enum class Finish : std::uint32_t {
   kStore,  // float32 out = sum + bias
   kAdd,    // float32 out += sum
-  kGate,   // out = silu(sum of output i) * sum of output i + 16, i < 16, in the dtype of the weights
+  kGate,   // out i = silu(sum i) * sum i + 16, for i < 16, in the dtype of the weights
 };
 
 // Some rows times one panel.

@@ -19,7 +19,8 @@ constexpr std::size_t kGap = 32;
 constexpr std::uint32_t kGateOutputs = kPanelOutputs / 2;
 
 void require(bool ok, const char* name, long long value) {
-  if (!ok) throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " out of range");
+  if (!ok)
+    throw std::out_of_range(std::string(name) + " " + std::to_string(value) + " out of range");
 }
 
 std::size_t gate_up_outputs(const DenseShape& s) {
@@ -123,7 +124,8 @@ void DenseModel::take_layers() {
 
 std::size_t DenseModel::scratch_bytes() const {
   const DenseShape& s = shape_;
-  const std::size_t rows = padded(s.q_size()) + padded(s.hidden) + padded(s.intermediate) + 3 * kGap;
+  const std::size_t rows =
+      padded(s.q_size()) + padded(s.hidden) + padded(s.intermediate) + 3 * kGap;
   const std::size_t sums = padded(s.hidden) + padded(s.qkv_size()) + 2 * kGap;
   return kUnitRows * (rows * s.elem_bytes() + sums * sizeof(float));
 }
@@ -174,7 +176,8 @@ void DenseModel::set_layer(std::uint32_t index, const LayerSource& source) {
     const std::size_t neuron = i / kPanelOutputs * kGateOutputs + i % kGateOutputs;
     if (neuron >= s.intermediate) return nullptr;
     const bool up = i % kPanelOutputs >= kGateOutputs;
-    return source.gate_up.data + (up ? s.intermediate + neuron : neuron) * source.gate_up.stride * elem;
+    const std::size_t row = up ? s.intermediate + neuron : neuron;
+    return source.gate_up.data + row * source.gate_up.stride * elem;
   });
   layer.attention_norm = copy_floats(layer.attention_norm, source.attention_norm, s.hidden);
   layer.mlp_norm = copy_floats(layer.mlp_norm, source.mlp_norm, s.hidden);
@@ -238,6 +241,7 @@ void DenseModel::run_part(std::uint32_t stage, const RowPlace* rows, std::uint32
     return b.rows + r * b.stride * elem;
   };
 
+  // All tasks live until the steps have run, also those of which this stage has no need.
   const EachRow gather{[&](std::uint32_t r) {
     const void* from = left != nullptr ? rows[r].residual
                                        : embedding_.data + rows[r].token * embedding_.stride * elem;
@@ -246,8 +250,9 @@ void DenseModel::run_part(std::uint32_t stage, const RowPlace* rows, std::uint32
   }, n};
   const auto add_to_residual = [&](const PackedMatrix& matrix, const PackedMatrix& next,
                                    const Buffer<std::byte>& x) {
-    return Gemm{&k, &matrix, &next, x.rows, x.stride, n, reinterpret_cast<std::byte*>(residual_.rows),
-                residual_.stride, kPanelOutputs * sizeof(float), nullptr, Finish::kAdd};
+    return Gemm{&k, &matrix, &next, x.rows, x.stride, n,
+                reinterpret_cast<std::byte*>(residual_.rows), residual_.stride,
+                kPanelOutputs * sizeof(float), nullptr, Finish::kAdd};
   };
   const auto norm = [&](const float* weight, std::uint32_t r) {
     k.norm(residual_.rows + r * residual_.stride, weight, s.hidden, s.norm_epsilon,
