@@ -36,7 +36,7 @@ from omniserve.attnkernel._bench import GemmProbe, ReadProbe, bf16_flops
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.model.gguf_file import GgufModel
-from omniserve.gpuworker.model.llama import load_llama
+from omniserve.gpuworker.model.weights import load_weights
 from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.requests import Request
 from omniserve.gpuworker.stages import StageRunner
@@ -143,7 +143,7 @@ def decode_pass(threads: int, reader: ReadProbe, rounds: int) -> dict[str, float
     model = GgufModel(MODEL_PATH)
     config = model.config
     pages = -(-CONTEXT_TOKENS // PAGE_TOKENS)
-    weights = load_llama(model, torch.bfloat16)
+    weights = load_weights(model, torch.bfloat16)
     device = CpuDevice(config, weights, pages, PAGE_TOKENS, threads)
     lot = ParkingLot(1, config.layers + 1, config.hidden, torch.bfloat16, lambda: 0)
     runner = StageRunner(device, lot, [])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from omniserve.attnkernel import DenseModel, Slots, StageRows, Threads
-from omniserve.gpuworker.model.llama import LayerWeights
+from omniserve.gpuworker.model.weights import LayerWeights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CONTEXT = 64

@@ -93,6 +93,10 @@ class Telemetry:
     """Predicted time of one prompt token."""
     kv_checkpoint_lag_tokens: int = 0
     """Best-effort tokens on the device whose KV their server does not have yet."""
+    ls_started: int = 0
+    """Latency-sensitive requests whose first stage has begun."""
+    ls_queue_ns: int = 0
+    """How long all of them waited for it."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ _log = logging.getLogger("omniserve.gpuworker")
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
 _HEARTBEAT_S = 0.2
 _DRAIN_S = 5.0
+# The engine looks its pools over as it ends; then its memory goes, page by page.
+_ENGINE_END_S = 20.0
 # The engine reports ten times a second; silence this long means that it makes no progress.
 _PROGRESS_S = 10.0
 
@@ -165,7 +167,7 @@ class Worker:
     async def _stop_engine(self) -> None:
         with contextlib.suppress(NoWorkerError):
             self._channel.send(engine_pb2.EngineCommand(shutdown=engine_pb2.Shutdown()))
-        await asyncio.to_thread(self._engine.join, 5.0)
+        await asyncio.to_thread(self._engine.join, _ENGINE_END_S)
         if self._engine.is_alive():
             self._engine.kill()
             await asyncio.to_thread(self._engine.join)
