@@ -48,4 +48,4 @@ class StackSettings(BaseSettings):
     shm_dir: str = Field(default="/dev/shm", description="Folder on tmpfs for rings and arenas.")
     run_dir: str = Field(default="runs/up", description="Folder for logs.")
     start_timeout_s: float = Field(default=120.0, gt=0, description="Wait for health this long, s.")
-    stop_grace_s: float = Field(default=10.0, ge=0, description="From SIGTERM to SIGKILL, s.")
+    stop_grace_s: float = Field(default=30.0, ge=0, description="From SIGTERM to SIGKILL, s.")
