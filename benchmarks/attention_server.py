@@ -212,7 +212,7 @@ class FedServer:
         self.process.terminate()
 
     def _fill(self, slots: int) -> None:
-        """Checkpoints every position but the last in every layer and sequence."""
+        """Checkpoints every position but the last in every layer and sequence, one a message."""
         link, case = self.link, self.case
         link.slab[:] = _random_rows(slots, link.slot_elems)
         places = np.stack(

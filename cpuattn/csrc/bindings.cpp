@@ -45,7 +45,8 @@ nb::dict offsets_of_small_structs() {
   PUT(ring, RingHeader, head); PUT(ring, RingHeader, head_reserved);
   PUT(ring, RingHeader, tail); PUT(ring, RingHeader, tail_reserved);
   PUT(slot, SlotHeader, kind); PUT(slot, SlotHeader, layer); PUT(slot, SlotHeader, sequence);
-  PUT(slot, SlotHeader, position); PUT(slot, SlotHeader, request_generation);
+  PUT(slot, SlotHeader, position); PUT(slot, SlotHeader, count);
+  PUT(slot, SlotHeader, request_generation);
   PUT(slot, SlotHeader, status); PUT(slot, SlotHeader, done_generation);
   PUT(slot, SlotHeader, reserved);
   PUT(options, LayerOptions, window); PUT(options, LayerOptions, softcap);
@@ -133,6 +134,7 @@ void bind_layout(nb::module_& m) {
   m.attr("STATUS_BAD_POSITION") = static_cast<int>(shm::kBadPosition);
   m.attr("STATUS_NO_PAGE") = static_cast<int>(shm::kNoPage);
   m.attr("STATUS_FREED") = static_cast<int>(shm::kFreed);
+  m.attr("STATUS_BAD_COUNT") = static_cast<int>(shm::kBadCount);
 }
 
 }  // namespace omniserve

@@ -49,20 +49,24 @@ void attend_rows(PagedKv& kv, std::uint32_t layer, const ConstMatrix& q, const M
             n_rows.data(), first_position.data(), tables.shape(0), options);
 }
 
-void export_rows(const PagedKv& kv, const WorkerLink& link, const Int32s& layers,
-                 const Int32s& pages, const Int32s& offsets, const Int32s& slots) {
-  require_same_length({layers.size(), pages.size(), offsets.size(), slots.size()});
+void export_tokens(PagedKv& kv, const WorkerLink& link, const Int32s& layers,
+                   const Int32s& pages, const Int32s& offsets, const Int32s& slots,
+                   const Int32s& indices) {
+  require_same_length(
+      {layers.size(), pages.size(), offsets.size(), slots.size(), indices.size()});
   nb::gil_scoped_release release;
-  kv.export_rows(link.segment(), layers.data(), pages.data(), offsets.data(), slots.data(),
-                 slots.size());
+  kv.export_tokens(link.segment(), layers.data(), pages.data(), offsets.data(), slots.data(),
+                   indices.data(), slots.size());
 }
 
-void import_rows(PagedKv& kv, const WorkerLink& link, const Int32s& layers, const Int32s& pages,
-                 const Int32s& offsets, const Int32s& slots) {
-  require_same_length({layers.size(), pages.size(), offsets.size(), slots.size()});
+void import_tokens(PagedKv& kv, const WorkerLink& link, const Int32s& layers,
+                   const Int32s& pages, const Int32s& offsets, const Int32s& slots,
+                   const Int32s& indices) {
+  require_same_length(
+      {layers.size(), pages.size(), offsets.size(), slots.size(), indices.size()});
   nb::gil_scoped_release release;
-  kv.import_rows(link.segment(), layers.data(), pages.data(), offsets.data(), slots.data(),
-                 slots.size());
+  kv.import_tokens(link.segment(), layers.data(), pages.data(), offsets.data(), slots.data(),
+                   indices.data(), slots.size());
 }
 
 std::vector<float> widen(const std::vector<std::byte>& row, std::uint32_t dtype) {
@@ -84,7 +88,8 @@ nb::tuple read(const PagedKv& kv, std::int32_t layer, std::int32_t page, std::in
   const shm::Geometry& g = kv.geometry();
   std::vector<std::byte> k(g.kv_heads * g.head_dim * shm::dtype_bytes(g.dtype));
   std::vector<std::byte> v(k.size());
-  kv.pages().read(layer, page, offset, k.data(), v.data());
+  kv.pages().read({static_cast<std::uint32_t>(layer), static_cast<std::uint32_t>(page),
+                   static_cast<std::uint32_t>(offset), k.data(), v.data()});
   return nb::make_tuple(to_numpy(widen(k, g.dtype)), to_numpy(widen(v, g.dtype)));
 }
 
@@ -122,8 +127,10 @@ void bind_kv(nb::module_& m) {
       .def("attend", &attend_rows, "layer"_a, "q"_a, "out"_a, "tables"_a, "first_row"_a, "n_rows"_a,
            "first_position"_a, "window"_a = 0, "softcap"_a = 0.0f,
            "sinks"_a = std::vector<float>{})
-      .def("export_rows", &export_rows, "link"_a, "layers"_a, "pages"_a, "offsets"_a, "slots"_a)
-      .def("import_rows", &import_rows, "link"_a, "layers"_a, "pages"_a, "offsets"_a, "slots"_a)
+      .def("export_tokens", &export_tokens, "link"_a, "layers"_a, "pages"_a, "offsets"_a,
+           "slots"_a, "indices"_a)
+      .def("import_tokens", &import_tokens, "link"_a, "layers"_a, "pages"_a, "offsets"_a,
+           "slots"_a, "indices"_a)
       .def("read", &read, "layer"_a, "page"_a, "offset"_a);
 }
 

@@ -1,3 +1,5 @@
+#include <nanobind/stl/optional.h>
+
 #include "bindings.h"
 #include "segment.h"
 #include "worker_link.h"
@@ -39,10 +41,12 @@ nb::object written_len(nb::handle_t<WorkerLink> self) {
 }
 
 void submit(WorkerLink& link, std::uint32_t kind, const Int32s& layers, const Int32s& sequences,
-            const Int32s& positions, const Int32s& slots) {
-  require_same_length({slots.size(), layers.size(), sequences.size(), positions.size()});
+            const Int32s& positions, const Int32s& slots, const std::optional<Int32s>& counts) {
+  require_same_length({slots.size(), layers.size(), sequences.size(), positions.size(),
+                       counts ? counts->size() : slots.size()});
   nb::gil_scoped_release release;
-  link.submit(kind, layers.data(), sequences.data(), positions.data(), slots.data(), slots.size());
+  link.submit(kind, layers.data(), sequences.data(), positions.data(),
+              counts ? counts->data() : nullptr, slots.data(), slots.size());
 }
 
 nb::tuple poll(WorkerLink& link) {
@@ -66,6 +70,8 @@ void bind_link(nb::module_& m) {
       .def_prop_ro("k_offset", [](const WorkerLink& l) { return parts(l).k; })
       .def_prop_ro("v_offset", [](const WorkerLink& l) { return parts(l).v; })
       .def_prop_ro("out_offset", [](const WorkerLink& l) { return parts(l).out; })
+      .def_prop_ro("transfer_tokens",
+                   [](const WorkerLink& l) { return shm::transfer_tokens(l.segment().geometry()); })
       .def_prop_ro("slot_elems",
                    [](const WorkerLink& l) { return shm::slot_elems(l.segment().geometry()); })
       .def_prop_ro("geometry", [](const WorkerLink& l) { return l.segment().geometry(); })
@@ -73,7 +79,8 @@ void bind_link(nb::module_& m) {
       .def_prop_ro("epoch", &WorkerLink::epoch)
       .def_prop_ro("outstanding", &WorkerLink::outstanding)
       .def_prop_ro("ring_waits", &WorkerLink::ring_waits)
-      .def("submit", &submit, "kind"_a, "layers"_a, "sequences"_a, "positions"_a, "slots"_a)
+      .def("submit", &submit, "kind"_a, "layers"_a, "sequences"_a, "positions"_a, "slots"_a,
+           "counts"_a = nb::none())
       .def("poll", &poll)
       .def("check_integrity", &WorkerLink::check_integrity);
 

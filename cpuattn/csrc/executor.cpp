@@ -27,7 +27,8 @@ Executor::Executor(const SegmentView& segment, ThreadPool& threads)
       sinks_(segment.sinks(),
              segment.sinks() + std::size_t{segment.geometry().layers} * segment.geometry().heads),
       taken_(segment.geometry().slots, 0),
-      attended_in_(segment.geometry().max_sequences, 0) {}
+      attended_in_(segment.geometry().max_sequences, 0),
+      moved_in_(segment.geometry().max_sequences, 0) {}
 
 void Executor::prefetch(std::uint64_t entry) const {
   const std::uint32_t slot = shm::entry_slot(entry);
@@ -60,7 +61,8 @@ std::optional<Message> Executor::take(std::uint32_t slot) {
   const auto once = [](const std::uint32_t& field) {
     return __atomic_load_n(&field, __ATOMIC_RELAXED);
   };
-  return Message{slot, generation, once(h.kind), once(h.layer), once(h.sequence), once(h.position)};
+  return Message{slot, generation, once(h.kind), once(h.layer), once(h.sequence), once(h.position),
+                 once(h.count)};
 }
 
 std::vector<Message> Executor::unanswered() {
@@ -101,17 +103,18 @@ void Executor::execute(std::vector<Message>& batch) {
   if (!std::is_sorted(batch.begin(), batch.end(), before))
     std::stable_sort(batch.begin(), batch.end(), before);
   for (auto begin = batch.begin(); begin != batch.end();) {
+    const bool attend = begin->kind == shm::kAttend;
     const auto end = std::find_if(begin, batch.end(), [&](const Message& m) {
-      return m.kind != begin->kind || m.layer != begin->layer;
+      return m.kind != begin->kind || (attend && m.layer != begin->layer);
     });
-    if (begin->kind == shm::kAttend) {
-      attend_group(&*begin, &*begin + (end - begin));
-    } else {
-      for (auto m = begin; m != end; ++m) {
-        if (m->kind == shm::kCheckpoint) checkpoint(*m);
-        else if (m->kind == shm::kRestore) restore(*m);
-        else free_sequence(*m);
-      }
+    const Message* first = &*begin;
+    const Message* last = first + (end - begin);
+    switch (begin->kind) {
+      case shm::kAttend: attend_group(first, last); break;
+      case shm::kCheckpoint: checkpoint_group(first, last); break;
+      case shm::kRestore: restore_group(first, last); break;
+      default:
+        for (const Message* m = first; m != last; ++m) free_sequence(*m);
     }
     (*publish_)();
     begin = end;
@@ -125,23 +128,44 @@ std::uint32_t Executor::validate(const Message& m) const {
   if (m.kind == shm::kFree) return shm::kOk;
   if (m.layer >= g.layers) return shm::kBadLayer;
   if (m.position >= g.max_sequence_tokens) return shm::kBadPosition;
+  if (m.kind == shm::kAttend) return shm::kOk;
+  if (m.count == 0 || m.count > shm::transfer_tokens(g)) return shm::kBadCount;
+  if (m.count > g.max_sequence_tokens - m.position) return shm::kBadPosition;
   return shm::kOk;
 }
 
 Executor::Turn Executor::turn(const Message& m) const {
   const std::uint32_t written = pool_.length(m.sequence, m.layer);
   if (written < m.position) return Turn::kLater;
-  return written <= m.position + 1 ? Turn::kNow : Turn::kNever;
+  const std::uint32_t count = m.kind == shm::kAttend ? 1 : m.count;
+  return written <= m.position + count ? Turn::kNow : Turn::kNever;
 }
 
 std::uint32_t Executor::append(const Message& m) {
   const std::int32_t page = pool_.page_for(m.sequence, m.position);
   if (page < 0) return shm::kNoPage;
-  const std::byte* row = segment_.slab_row(m.slot);
-  pages_.write(m.layer, page, m.position % segment_.geometry().page_tokens,
-               row + parts_.k * elem_bytes_, row + parts_.v * elem_bytes_);
+  std::byte* row = segment_.slab_row(m.slot);
+  pages_.write({m.layer, static_cast<std::uint32_t>(page),
+                m.position % segment_.geometry().page_tokens, row + parts_.k * elem_bytes_,
+                row + parts_.v * elem_bytes_});
   pool_.set_length(m.sequence, m.layer, m.position + 1);
   return shm::kOk;
+}
+
+bool Executor::add_tokens(const Message& m) {
+  const std::uint32_t page_tokens = segment_.geometry().page_tokens;
+  const std::size_t before = tokens_.size();
+  for (std::uint32_t i = 0; i < m.count; ++i) {
+    const std::uint32_t position = m.position + i;
+    const std::int32_t page = pool_.page_for(m.sequence, position);
+    if (page < 0) {
+      tokens_.resize(before);
+      return false;
+    }
+    tokens_.push_back({m.layer, static_cast<std::uint32_t>(page), position % page_tokens,
+                       segment_.transfer_k(m.slot, i), segment_.transfer_v(m.slot, i)});
+  }
+  return true;
 }
 
 AttendOptions Executor::options_of(std::uint32_t layer) const {
@@ -186,31 +210,68 @@ void Executor::attend_group(const Message* begin, const Message* end) {
   for (const Message& m : attending_) answer(m, shm::kOk);
 }
 
-// Rows of a prompt are outstanding together, so each is answered before the next is appended:
-// after a crash at most one of them has been appended without an answer.
-void Executor::checkpoint(const Message& m) {
-  if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
-  switch (turn(m)) {
-    case Turn::kLater: deferred_.push_back(m); return;
-    case Turn::kNever: return answer(m, shm::kBadPosition);
-    case Turn::kNow: return answer(m, append(m));
+// Tokens of a prompt are outstanding together. Their KV is written together, then each message is
+// given its length and answered before the next: after a crash at most one of them has been
+// appended without an answer.
+void Executor::checkpoint_group(const Message* begin, const Message* end) {
+  for (const Message* m = begin; m != end; ++m) {
+    if (const std::uint32_t status = validate(*m); status != shm::kOk) {
+      answer(*m, status);
+      continue;
+    }
+    if (!follows_last(*m)) {
+      // Messages come sorted by layer: what moves already may be of this sequence and layer.
+      if (moved_in_[m->sequence] == m->layer + 1) finish_checkpoints();
+      const Turn when = turn(*m);
+      if (when != Turn::kNow) {
+        if (when == Turn::kLater) deferred_.push_back(*m);
+        else answer(*m, shm::kBadPosition);
+        continue;
+      }
+    }
+    if (!add_tokens(*m)) {
+      answer(*m, shm::kNoPage);
+      continue;
+    }
+    moved_in_[m->sequence] = m->layer + 1;
+    moving_.push_back(*m);
   }
+  finish_checkpoints();
 }
 
-void Executor::restore(const Message& m) {
-  if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
-  const std::uint32_t written = pool_.length(m.sequence, m.layer);
-  if (written <= m.position) {
-    deferred_.push_back(m);
-    return;
+bool Executor::follows_last(const Message& m) const {
+  if (moving_.empty()) return false;
+  const Message& last = moving_.back();
+  return last.sequence == m.sequence && last.layer == m.layer &&
+         last.position + last.count == m.position;
+}
+
+void Executor::finish_checkpoints() {
+  pages_.write(tokens_, threads_);
+  for (const Message& m : moving_) {
+    moved_in_[m.sequence] = 0;
+    pool_.set_length(m.sequence, m.layer, m.position + m.count);
+    answer(m, shm::kOk);
   }
-  const shm::Geometry& g = segment_.geometry();
-  const std::int32_t page = pool_.table(m.sequence)[m.position / g.page_tokens];
-  if (page < 0) return answer(m, shm::kNoPage);
-  std::byte* row = segment_.slab_row(m.slot);
-  pages_.read(m.layer, page, m.position % g.page_tokens, row + parts_.k * elem_bytes_,
-              row + parts_.v * elem_bytes_);
-  answer(m, shm::kOk);
+  moving_.clear();
+  tokens_.clear();
+}
+
+void Executor::restore_group(const Message* begin, const Message* end) {
+  for (const Message* m = begin; m != end; ++m) {
+    if (const std::uint32_t status = validate(*m); status != shm::kOk) {
+      answer(*m, status);
+    } else if (pool_.length(m->sequence, m->layer) < m->position + m->count) {
+      deferred_.push_back(*m);
+    } else {
+      add_tokens(*m);  // a length is covered by pages
+      moving_.push_back(*m);
+    }
+  }
+  pages_.read(tokens_, threads_);
+  for (const Message& m : moving_) answer(m, shm::kOk);
+  moving_.clear();
+  tokens_.clear();
 }
 
 void Executor::free_sequence(const Message& m) {

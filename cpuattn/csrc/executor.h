@@ -20,6 +20,7 @@ struct Message {
   std::uint32_t layer;
   std::uint32_t sequence;
   std::uint32_t position;
+  std::uint32_t count;
 };
 
 struct ExecutorStats {
@@ -60,13 +61,17 @@ class Executor {
 
   void execute(std::vector<Message>& batch);
   void attend_group(const Message* begin, const Message* end);
-  void checkpoint(const Message& m);
-  void restore(const Message& m);
+  void checkpoint_group(const Message* begin, const Message* end);
+  bool follows_last(const Message& m) const;
+  void finish_checkpoints();
+  void restore_group(const Message* begin, const Message* end);
   void free_sequence(const Message& m);
   std::optional<Message> take(std::uint32_t slot);
   std::uint32_t validate(const Message& m) const;
   Turn turn(const Message& m) const;
   AttendOptions options_of(std::uint32_t layer) const;
+  // Adds the tokens of a CHECKPOINT or RESTORE to tokens_, with pages; false if there are none left.
+  bool add_tokens(const Message& m);
   // Writes k, v of the slot at the message's place; kOk or kNoPage.
   std::uint32_t append(const Message& m);
   void answer(const Message& m, std::uint32_t status);
@@ -87,10 +92,14 @@ class Executor {
   const std::function<void()>* publish_ = nullptr;
   std::vector<std::uint64_t> attended_in_;  // per sequence, the group that last attended it
   std::uint64_t group_ = 0;
+  // Per sequence, 1 + the layer for which it has messages in moving_; 0 = none.
+  std::vector<std::uint32_t> moved_in_;
   // Kept between calls for their memory.
   std::vector<Message> waiting_;
   std::vector<Message> attending_;
   std::vector<Segment> segments_;
+  std::vector<Message> moving_;  // CHECKPOINT or RESTORE messages, and
+  std::vector<KvToken> tokens_;  // what each of them moves
   Attention attention_;
 };
 

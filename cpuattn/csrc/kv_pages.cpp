@@ -1,7 +1,13 @@
 #include "kv_pages.h"
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include <algorithm>
-#include <cmath>
+#include <atomic>
+#include <cstring>
+#include <limits>
 
 #include "floats.h"
 
@@ -9,131 +15,353 @@ namespace omniserve {
 namespace {
 
 constexpr std::size_t kGroup = shm::kGroupLanes;
+constexpr std::size_t kRunTokens = kGroup;
+constexpr std::size_t kMaxDim = 256;
+constexpr std::size_t kLine = shm::kLine;
+// What is worth waking another thread for, and how often each then takes a share.
+constexpr std::size_t kSharedBytes = 32 << 10;
+constexpr std::size_t kSharesPerThread = 4;
 
-// Index of one value in half a block: `lane` of `lanes` is what groups are made of (tokens of K,
-// dimensions of V), `step` of `steps` is what is summed over.
-template <std::size_t P>
-std::size_t index(std::size_t lane, std::size_t lanes, std::size_t step, std::size_t steps) {
-  const std::size_t first = lane / kGroup * kGroup;
-  const std::size_t width = std::min(kGroup, lanes - first);
-  return first * steps + ((step / P) * width + lane - first) * P + step % P;
-}
+// Rows of one head: pointer i belongs to token `offset + i` of the page.
+struct HeadRows {
+  const KvToken* run;
+  std::byte* KvToken::* part;
+  std::size_t at;  // bytes before the head
 
-// One token's place in a block.
-template <std::size_t P>
-struct Place {
-  std::size_t dim;
-  std::size_t tokens;
-  std::size_t offset;
-
-  std::size_t k(std::size_t d) const { return index<P>(offset, tokens, d, dim); }
-  std::size_t v(std::size_t d) const { return dim * tokens + index<P>(d, dim, offset, tokens); }
+  std::byte* operator[](std::size_t i) const { return run[i].*part + at; }
 };
 
-template <typename T, std::size_t P>
-void put(std::byte* block, const Place<P>& place, const T* k, const T* v) {
-  T* values = reinterpret_cast<T*>(block);
-  for (std::size_t d = 0; d < place.dim; ++d) {
-    values[place.k(d)] = k[d];
-    values[place.v(d)] = v[d];
+using Word4 = std::uint32_t __attribute__((vector_size(16)));
+
+template <typename T>
+T load(const std::byte* from) {
+  T value;
+  std::memcpy(&value, from, sizeof value);
+  return value;
+}
+
+// What is moved next: a head's block and its rows. Fetched while the one before it is moved, for
+// neither is in a cache, and both are read in pieces too small for the hardware to see a pattern.
+struct Next {
+  const std::byte* block = nullptr;  // half of it, as large as the half that is being moved
+  std::size_t block_bytes = 0;
+  const KvToken* run = nullptr;
+  std::byte* KvToken::* part = nullptr;
+  std::size_t at = 0;
+  std::size_t row_bytes = 0;
+  std::size_t n = 0;
+
+  // The share of `count` tokens from the i-th on of n_moved that are moved meanwhile.
+  void fetch(std::size_t i, std::size_t count, std::size_t n_moved) const {
+    const std::size_t begin = block_bytes * i / n_moved, end = block_bytes * (i + count) / n_moved;
+    for (std::size_t line = begin / kLine * kLine; line < end; line += kLine)
+      __builtin_prefetch(block + line, 1);
+    for (std::size_t t = i; t < std::min(i + count, n); ++t)
+      for (std::size_t line = 0; line < row_bytes; line += kLine)
+        __builtin_prefetch(run[t].*part + at + line);
+  }
+};
+
+// Four words of four rows in, the same words side by side out: 4 x 4 words change places.
+inline void transpose(std::byte* const to[4], const std::byte* const from[4]) {
+  const auto a = load<Word4>(from[0]), b = load<Word4>(from[1]);
+  const auto c = load<Word4>(from[2]), d = load<Word4>(from[3]);
+  const Word4 low_ab = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Word4 low_cd = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Word4 high_ab = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Word4 high_cd = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const Word4 out[4] = {__builtin_shufflevector(low_ab, low_cd, 0, 1, 4, 5),
+                        __builtin_shufflevector(low_ab, low_cd, 2, 3, 6, 7),
+                        __builtin_shufflevector(high_ab, high_cd, 0, 1, 4, 5),
+                        __builtin_shufflevector(high_ab, high_cd, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to[i], &out[i], sizeof out[i]);
+}
+
+// K is [groups][dim / P][tokens of the group] words, a word being P neighbouring dimensions of one
+// token. A few rows at a time: rows in slots may lie so that a cache cannot hold many of them.
+template <typename Word, bool kIn, typename Rows>
+void move_k(std::byte* block, std::size_t words, std::size_t tokens, std::size_t offset,
+            std::size_t n, Rows& rows, const Next& next) {
+  for (std::size_t t = offset; t < offset + n;) {
+    const std::size_t first = t / kGroup * kGroup;
+    const std::size_t line_bytes = std::min(kGroup, tokens - first) * sizeof(Word);
+    const std::size_t end = std::min(first + kGroup, offset + n);
+    std::byte* column = block + (first * words + t - first) * sizeof(Word);
+    if (sizeof(Word) == 4 && t + 4 <= end) {
+      next.fetch(t - offset, 4, n);
+      std::byte* row[4] = {rows[t - offset], rows[t - offset + 1], rows[t - offset + 2],
+                           rows[t - offset + 3]};
+      for (std::size_t w = 0; w < words; w += 4) {
+        std::byte* line[4];
+        for (std::size_t i = 0; i < 4; ++i) line[i] = column + (w + i) * line_bytes;
+        if constexpr (kIn) transpose(line, row);
+        else transpose(row, line);
+        for (std::byte*& r : row) r += 4 * sizeof(Word);
+      }
+      t += 4;
+      continue;
+    }
+    std::byte* row = rows[t - offset];
+    for (std::size_t w = 0; w < words; ++w, row += sizeof(Word), column += line_bytes)
+      std::memcpy(kIn ? column : row, kIn ? row : column, sizeof(Word));
+    ++t;
   }
 }
 
-template <typename T, std::size_t P>
-void get(const std::byte* block, const Place<P>& place, T* k, T* v) {
-  const T* values = reinterpret_cast<const T*>(block);
-  for (std::size_t d = 0; d < place.dim; ++d) {
-    k[d] = values[place.k(d)];
-    v[d] = values[place.v(d)];
+// V is [groups of dimensions][tokens / P][dimensions of the group][P].
+template <typename T, std::size_t P, bool kIn, typename Rows>
+void move_v(std::byte* block, std::size_t dim, std::size_t tokens, std::size_t offset,
+            std::size_t n, Rows& rows, const Next& next) {
+  for (std::size_t t = offset; t < offset + n;) {
+    const std::size_t at = t % P;
+    const std::size_t count = std::min(P - at, offset + n - t);
+    next.fetch(t - offset, count, n);
+    for (std::size_t first = 0; first < dim; first += kGroup) {
+      const std::size_t width = std::min(kGroup, dim - first);
+      T* __restrict__ group = reinterpret_cast<T*>(block) + first * tokens + t / P * width * P;
+      const auto row = [&](std::size_t i) {
+        return reinterpret_cast<T*>(rows[t - offset + i]) + first;
+      };
+      if (P == 2 && count == 2) {  // a form that compilers vectorise
+        T* __restrict__ a = row(0);
+        T* __restrict__ b = row(1);
+        for (std::size_t d = 0; d < width; ++d)
+          if constexpr (kIn) {
+            group[2 * d] = a[d];
+            group[2 * d + 1] = b[d];
+          } else {
+            a[d] = group[2 * d];
+            b[d] = group[2 * d + 1];
+          }
+        continue;
+      }
+      for (std::size_t i = 0; i < count; ++i) {
+        T* __restrict__ values = row(i);
+        for (std::size_t d = 0; d < width; ++d)
+          if constexpr (kIn) group[d * P + at + i] = values[d];
+          else values[d] = group[d * P + at + i];
+      }
+    }
+    t += count;
   }
 }
 
-// [K scales][V scales] behind the values of an int8 block.
-float* scales_of(std::byte* block, const Place<4>& place) {
-  return reinterpret_cast<float*>(block + 2 * place.dim * place.tokens) + place.offset;
+// One head of a run, and what is moved after it: the halves of its block, its K and V rows.
+struct Head {
+  std::byte* block;
+  std::size_t offset, n;
+  Next next_k, next_v;
+};
+
+// Copies past the caches: nobody reads it soon, and memory need not be read before it is written.
+void stream(std::byte* to, const std::byte* from, std::size_t bytes) {
+#ifdef __SSE2__
+  for (std::size_t i = 0; i < bytes; i += 16)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                     _mm_load_si128(reinterpret_cast<const __m128i*>(from + i)));
+#else
+  std::memcpy(to, from, bytes);
+#endif
 }
 
-// The step between two int8 values: 127 of them reach the row's largest magnitude.
+// Before what was streamed may be announced.
+void finish_streams() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// Tokens that fill a group of K and whole lines of V: put together in the first cache, then streamed.
+template <typename T, std::size_t P, typename Word, typename Rows>
+void stream_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
+  alignas(kLine) std::byte half[kRunTokens * kMaxDim * sizeof(T)];
+  const std::size_t dim = g.head_dim, n = head.n;
+  Next rows_k = head.next_k, rows_v = head.next_v;
+  rows_k.block_bytes = rows_v.block_bytes = 0;
+  move_k<Word, true>(half, dim / P, n, 0, n, k, rows_k);
+  stream(head.block + head.offset * dim * sizeof(T), half, n * dim * sizeof(T));
+  move_v<T, P, true>(half, dim, n, 0, n, v, rows_v);
+  std::byte* block = head.block + dim * g.page_tokens * sizeof(T);
+  for (std::size_t first = 0; first < dim; first += kGroup) {
+    const std::size_t width = std::min(kGroup, dim - first);
+    stream(block + (first * g.page_tokens + head.offset * width) * sizeof(T),
+           half + first * n * sizeof(T), n * width * sizeof(T));
+  }
+}
+
+template <typename T, std::size_t P, typename Word, bool kIn, typename Rows>
+void move_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
+  static_assert(sizeof(Word) == P * sizeof(T));
+  const std::size_t group = std::min<std::size_t>(kGroup, g.page_tokens - head.offset);
+  if (kIn && head.offset % kGroup == 0 && head.n == group)
+    return stream_head<T, P, Word>(head, g, k, v);
+  move_k<Word, kIn>(head.block, g.head_dim / P, g.page_tokens, head.offset, head.n, k, head.next_k);
+  std::byte* v_block = head.block + std::size_t{g.head_dim} * g.page_tokens * sizeof(T);
+  move_v<T, P, kIn>(v_block, g.head_dim, g.page_tokens, head.offset, head.n, v, head.next_v);
+}
+
+// The step between two int8 values: 127 of them reach the row's largest magnitude. 0 for a row of
+// (nearly) nothing. Magnitudes are compared as integers, which order as floats do.
 template <typename T>
 float step_of(const T* row, std::size_t dim) {
-  float largest = 0;
-  for (std::size_t d = 0; d < dim; ++d) largest = std::max(largest, std::fabs(to_float(row[d])));
-  return largest / 127.0f;
+  std::int32_t largest = 0;
+  for (std::size_t d = 0; d < dim; ++d)
+    largest = std::max(largest,
+                       static_cast<std::int32_t>(float_to_bits(to_float(row[d])) & 0x7FFFFFFF));
+  const float step = bits_to_float(static_cast<std::uint32_t>(largest)) / 127.0f;
+  return step < std::numeric_limits<float>::min() ? 0.0f : step;
+}
+
+// Returns the step. Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
+template <typename T>
+float quantise(const T* row, std::size_t dim, std::uint8_t bias, std::uint8_t* out) {
+  const float step = step_of(row, dim);
+  const float divisor = step == 0 ? std::numeric_limits<float>::max() : step;
+  for (std::size_t d = 0; d < dim; ++d)
+    out[d] = static_cast<std::uint8_t>(float_to_bits(to_float(row[d]) / divisor + 0x1.8p23f) + bias);
+  return step;
+}
+
+// int8 values of some tokens' heads. K is kept plus 128, as the dot product wants it.
+struct Int8Rows {
+  std::uint8_t values[kRunTokens][kMaxDim];
+  std::byte* operator[](std::size_t i) { return reinterpret_cast<std::byte*>(values[i]); }
+};
+
+// [K scales][V scales] behind the values of an int8 block.
+float* scales_of(std::byte* block, const shm::Geometry& g) {
+  return reinterpret_cast<float*>(block + std::size_t{2} * g.head_dim * g.page_tokens);
 }
 
 template <typename T>
-int quantised(T value, float step) {
-  if (step == 0) return 0;
-  return static_cast<int>(std::lrint(std::clamp(to_float(value) / step, -127.0f, 127.0f)));
-}
-
-template <typename T>
-void put_int8(std::byte* block, const Place<4>& place, const T* k, const T* v) {
-  auto* values = reinterpret_cast<std::uint8_t*>(block);
-  float* scales = scales_of(block, place);
-  const float k_step = scales[0] = step_of(k, place.dim);
-  const float v_step = scales[place.tokens] = step_of(v, place.dim);
-  for (std::size_t d = 0; d < place.dim; ++d) {
-    values[place.k(d)] = static_cast<std::uint8_t>(quantised(k[d], k_step) + 128);
-    values[place.v(d)] = static_cast<std::uint8_t>(quantised(v[d], v_step));
+void put_int8(const Head& head, const shm::Geometry& g, HeadRows& k, HeadRows& v) {
+  Int8Rows k_values, v_values;
+  float* scales = scales_of(head.block, g) + head.offset;
+  for (std::size_t i = 0; i < head.n; ++i) {
+    scales[i] = quantise(reinterpret_cast<const T*>(k[i]), g.head_dim, 128, k_values.values[i]);
+    scales[g.page_tokens + i] =
+        quantise(reinterpret_cast<const T*>(v[i]), g.head_dim, 0, v_values.values[i]);
   }
+  move_head<std::uint8_t, 4, std::uint32_t, true>(head, g, k_values, v_values);
 }
 
 template <typename T>
-void get_int8(std::byte* block, const Place<4>& place, T* k, T* v) {
-  const auto* values = reinterpret_cast<const std::uint8_t*>(block);
-  const float* scales = scales_of(block, place);
-  for (std::size_t d = 0; d < place.dim; ++d) {
-    from_float(scales[0] * static_cast<float>(values[place.k(d)] - 128), k[d]);
-    from_float(scales[place.tokens] *
-                   static_cast<float>(static_cast<std::int8_t>(values[place.v(d)])),
-               v[d]);
-  }
-}
-
-// Calls `use` with each kv head's block and a value of the type of the rows.
-template <typename Use>
-void for_each_head(const KvPages& pages, std::uint32_t layer, std::uint32_t page, const Use& use) {
-  const shm::Geometry& g = pages.geometry();
-  for (std::uint32_t h = 0; h < g.kv_heads; ++h) {
-    std::byte* block = pages.block(layer, page, h);
-    const std::size_t at = std::size_t{h} * g.head_dim;
-    switch (g.dtype) {
-      case shm::kBfloat16: use(block, at, Bf16{}); break;
-      case shm::kFloat16: use(block, at, F16{}); break;
-      default: use(block, at, float{}); break;
+void get_int8(const Head& head, const shm::Geometry& g, HeadRows& k, HeadRows& v) {
+  Int8Rows k_values, v_values;
+  move_head<std::uint8_t, 4, std::uint32_t, false>(head, g, k_values, v_values);
+  const float* scales = scales_of(head.block, g) + head.offset;
+  for (std::size_t i = 0; i < head.n; ++i) {
+    T* k_row = reinterpret_cast<T*>(k[i]);
+    T* v_row = reinterpret_cast<T*>(v[i]);
+    for (std::size_t d = 0; d < g.head_dim; ++d) {
+      from_float(scales[i] * static_cast<float>(k_values.values[i][d] - 128), k_row[d]);
+      const auto v_value = static_cast<std::int8_t>(v_values.values[i][d]);
+      from_float(scales[g.page_tokens + i] * static_cast<float>(v_value), v_row[d]);
     }
   }
 }
 
-}  // namespace
-
-void KvPages::write(std::uint32_t layer, std::uint32_t page, std::uint32_t offset, const void* k,
-                    const void* v) const {
-  for_each_head(*this, layer, page, [&](std::byte* block, std::size_t at, auto type) {
-    using T = decltype(type);
-    const T* k_head = static_cast<const T*>(k) + at;
-    const T* v_head = static_cast<const T*>(v) + at;
-    if (g_.kv_dtype == shm::kInt8)
-      put_int8(block, Place<4>{g_.head_dim, g_.page_tokens, offset}, k_head, v_head);
-    else
-      put(block, Place<std::is_same_v<T, Bf16> ? 2 : 1>{g_.head_dim, g_.page_tokens, offset},
-          k_head, v_head);
-  });
+template <bool kIn, typename T>
+void move_int8(const Head& head, const shm::Geometry& g, HeadRows& k, HeadRows& v) {
+  if constexpr (kIn) put_int8<T>(head, g, k, v);
+  else get_int8<T>(head, g, k, v);
 }
 
-void KvPages::read(std::uint32_t layer, std::uint32_t page, std::uint32_t offset, void* k,
-                   void* v) const {
-  for_each_head(*this, layer, page, [&](std::byte* block, std::size_t at, auto type) {
-    using T = decltype(type);
-    T* k_head = static_cast<T*>(k) + at;
-    T* v_head = static_cast<T*>(v) + at;
-    if (g_.kv_dtype == shm::kInt8)
-      get_int8(block, Place<4>{g_.head_dim, g_.page_tokens, offset}, k_head, v_head);
-    else
-      get(block, Place<std::is_same_v<T, Bf16> ? 2 : 1>{g_.head_dim, g_.page_tokens, offset},
-          k_head, v_head);
-  });
+template <bool kIn>
+void move_run(const KvPages& pages, const KvToken* run, std::size_t n, const KvToken* next,
+              std::size_t next_n) {
+  const shm::Geometry& g = pages.geometry();
+  const bool int8 = g.kv_dtype == shm::kInt8;
+  const std::size_t row_bytes = std::size_t{g.head_dim} * shm::dtype_bytes(g.dtype);
+  const std::size_t half = std::size_t{g.head_dim} * g.page_tokens * shm::dtype_bytes(g.kv_dtype);
+  for (std::uint32_t h = 0; h < g.kv_heads; ++h) {
+    Head head{pages.block(run->layer, run->page, h), run->offset, n, {}, {}};
+    const std::size_t at = h * row_bytes;
+    HeadRows k{run, &KvToken::k, at}, v{run, &KvToken::v, at};
+    const bool last = h + 1 == g.kv_heads;
+    if (const KvToken* then = last ? next : run; then != nullptr) {
+      const std::size_t then_at = last ? 0 : at + row_bytes;
+      const std::size_t then_n = last ? next_n : n;
+      const std::byte* block = pages.block(then->layer, then->page, last ? 0 : h + 1);
+      head.next_k = {block, half, then, &KvToken::k, then_at, row_bytes, then_n};
+      head.next_v = {block + half, half, then, &KvToken::v, then_at, row_bytes, then_n};
+    }
+    switch (g.dtype) {
+      case shm::kBfloat16:
+        if (int8) move_int8<kIn, Bf16>(head, g, k, v);
+        else move_head<std::uint16_t, 2, std::uint32_t, kIn>(head, g, k, v);
+        break;
+      case shm::kFloat16:
+        if (int8) move_int8<kIn, F16>(head, g, k, v);
+        else move_head<std::uint16_t, 1, std::uint16_t, kIn>(head, g, k, v);
+        break;
+      default:
+        if (int8) move_int8<kIn, float>(head, g, k, v);
+        else move_head<std::uint32_t, 1, std::uint32_t, kIn>(head, g, k, v);
+        break;
+    }
+  }
+}
+
+// Within one group: a run never crosses into the next.
+bool follows(const KvToken& a, const KvToken& b) {
+  return b.layer == a.layer && b.page == a.page && b.offset == a.offset + 1 &&
+         b.offset % kRunTokens != 0;
+}
+
+}  // namespace
+
+void KvPages::write_run(const KvToken* run, std::size_t n, const KvToken* next,
+                        std::size_t next_n) const {
+  move_run<true>(*this, run, n, next, next_n);
+  finish_streams();
+}
+void KvPages::read_run(const KvToken* run, std::size_t n, const KvToken* next,
+                       std::size_t next_n) const {
+  move_run<false>(*this, run, n, next, next_n);
+}
+
+// Brings near what move_run takes first; it fetches the rest itself.
+void KvPages::fetch_first(const KvToken* run, std::size_t n) const {
+  const std::size_t row_bytes = std::size_t{g_.head_dim} * shm::dtype_bytes(g_.dtype);
+  Next{nullptr, 0, run, &KvToken::k, 0, row_bytes, n}.fetch(0, n, n);
+  Next{nullptr, 0, run, &KvToken::v, 0, row_bytes, n}.fetch(0, n, n);
+}
+
+void KvPages::for_runs(const std::vector<KvToken>& tokens, ThreadPool& threads, Run run) const {
+  const std::size_t shares = kSharesPerThread * threads.threads();
+  const std::size_t share =
+      std::max(kRunTokens, tokens.size() / shares / kRunTokens * kRunTokens);
+  std::atomic<std::size_t> next{0};
+  const auto work = [&] {
+    for (std::size_t at; (at = next.fetch_add(share)) < tokens.size();) {
+      const std::size_t end = std::min(at + share, tokens.size());
+      const auto length = [&](std::size_t begin) {
+        std::size_t n = begin < end;
+        while (begin + n < end && follows(tokens[begin + n - 1], tokens[begin + n])) ++n;
+        return n;
+      };
+      std::size_t n = length(at);
+      fetch_first(&tokens[at], n);
+      for (std::size_t begin = at; begin < end;) {
+        const std::size_t then = begin + n;
+        const std::size_t then_n = length(then);
+        (this->*run)(&tokens[begin], n, then_n ? &tokens[then] : nullptr, then_n);
+        begin = then;
+        n = then_n;
+      }
+    }
+  };
+  if (tokens.size() * page_stride() / g_.page_tokens < kSharedBytes) work();
+  else threads.run(work);
+}
+
+void KvPages::write(const std::vector<KvToken>& tokens, ThreadPool& threads) const {
+  for_runs(tokens, threads, &KvPages::write_run);
+}
+
+void KvPages::read(const std::vector<KvToken>& tokens, ThreadPool& threads) const {
+  for_runs(tokens, threads, &KvPages::read_run);
 }
 
 }  // namespace omniserve

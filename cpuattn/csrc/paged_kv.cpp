@@ -1,7 +1,5 @@
 #include "paged_kv.h"
 
-#include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -24,10 +22,6 @@ shm::Geometry own_geometry(std::uint32_t layers, std::uint32_t kv_heads, std::ui
   check_geometry(g);
   return g;
 }
-
-// Appended rows that a thread takes at a time, and how many make it worth to call the threads.
-constexpr std::size_t kRowsOfUnit = 32;
-constexpr std::size_t kRowsWorthSharing = 4 * kRowsOfUnit;
 
 }  // namespace
 
@@ -54,19 +48,13 @@ void PagedKv::append(std::uint32_t layer, const Rows& k, const Rows& v, const st
   for (std::size_t i = 0; i < k.rows; ++i)
     check_place(static_cast<std::int32_t>(layer), pages[i], offsets[i]);
   const std::size_t elem = shm::dtype_bytes(geometry().dtype);
-  const auto write = [&](std::size_t i) {
-    pages_.write(layer, pages[i], offsets[i], static_cast<std::byte*>(k.data) + i * k.stride * elem,
-                 static_cast<std::byte*>(v.data) + i * v.stride * elem);
-  };
-  if (k.rows < kRowsWorthSharing) {
-    for (std::size_t i = 0; i < k.rows; ++i) write(i);
-    return;
-  }
-  std::atomic<std::size_t> next{0};
-  pool_->run([&] {
-    for (std::size_t first; (first = next.fetch_add(kRowsOfUnit)) < k.rows;)
-      for (std::size_t i = first; i < std::min(first + kRowsOfUnit, k.rows); ++i) write(i);
-  });
+  tokens_.clear();
+  for (std::size_t i = 0; i < k.rows; ++i)
+    tokens_.push_back({layer, static_cast<std::uint32_t>(pages[i]),
+                       static_cast<std::uint32_t>(offsets[i]),
+                       static_cast<std::byte*>(k.data) + i * k.stride * elem,
+                       static_cast<std::byte*>(v.data) + i * v.stride * elem});
+  pages_.write(tokens_, *pool_);
 }
 
 void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
@@ -104,42 +92,38 @@ void PagedKv::attend(std::uint32_t layer, const Rows& q, const Rows& out,
   attention_.run(pages_, layer, heads, segments_, options, *pool_);
 }
 
-void PagedKv::check_transfer(const SegmentView& segment, const std::int32_t* layers,
-                             const std::int32_t* pages, const std::int32_t* offsets,
-                             const std::int32_t* slots, std::size_t n) const {
+void PagedKv::name_tokens(const SegmentView& segment, const std::int32_t* layers,
+                          const std::int32_t* pages, const std::int32_t* offsets,
+                          const std::int32_t* slots, const std::int32_t* indices, std::size_t n) {
   const shm::Geometry& mine = geometry();
   const shm::Geometry& theirs = segment.geometry();
   if (mine.dtype != theirs.dtype || mine.kv_heads != theirs.kv_heads ||
       mine.head_dim != theirs.head_dim)
     throw std::invalid_argument("the pool and the segment differ in dtype, kv_heads or head_dim");
+  tokens_.clear();
   for (std::size_t i = 0; i < n; ++i) {
     check_place(layers[i], pages[i], offsets[i]);
     require(below(slots[i], theirs.slots), "slot", slots[i]);
+    require(below(indices[i], shm::transfer_tokens(theirs)), "index", indices[i]);
+    tokens_.push_back({static_cast<std::uint32_t>(layers[i]), static_cast<std::uint32_t>(pages[i]),
+                       static_cast<std::uint32_t>(offsets[i]),
+                       segment.transfer_k(slots[i], indices[i]),
+                       segment.transfer_v(slots[i], indices[i])});
   }
 }
 
-void PagedKv::export_rows(const SegmentView& segment, const std::int32_t* layers,
-                          const std::int32_t* pages, const std::int32_t* offsets,
-                          const std::int32_t* slots, std::size_t n) const {
-  check_transfer(segment, layers, pages, offsets, slots, n);
-  const RowParts parts(segment.geometry());
-  const std::size_t elem = shm::dtype_bytes(geometry().dtype);
-  for (std::size_t i = 0; i < n; ++i) {
-    std::byte* row = segment.slab_row(slots[i]);
-    pages_.read(layers[i], pages[i], offsets[i], row + parts.k * elem, row + parts.v * elem);
-  }
+void PagedKv::export_tokens(const SegmentView& segment, const std::int32_t* layers,
+                            const std::int32_t* pages, const std::int32_t* offsets,
+                            const std::int32_t* slots, const std::int32_t* indices, std::size_t n) {
+  name_tokens(segment, layers, pages, offsets, slots, indices, n);
+  pages_.read(tokens_, *pool_);
 }
 
-void PagedKv::import_rows(const SegmentView& segment, const std::int32_t* layers,
-                          const std::int32_t* pages, const std::int32_t* offsets,
-                          const std::int32_t* slots, std::size_t n) {
-  check_transfer(segment, layers, pages, offsets, slots, n);
-  const RowParts parts(segment.geometry());
-  const std::size_t elem = shm::dtype_bytes(geometry().dtype);
-  for (std::size_t i = 0; i < n; ++i) {
-    const std::byte* row = segment.slab_row(slots[i]);
-    pages_.write(layers[i], pages[i], offsets[i], row + parts.k * elem, row + parts.v * elem);
-  }
+void PagedKv::import_tokens(const SegmentView& segment, const std::int32_t* layers,
+                            const std::int32_t* pages, const std::int32_t* offsets,
+                            const std::int32_t* slots, const std::int32_t* indices, std::size_t n) {
+  name_tokens(segment, layers, pages, offsets, slots, indices, n);
+  pages_.write(tokens_, *pool_);
 }
 
 }  // namespace omniserve

@@ -43,26 +43,28 @@ class PagedKv {
               const std::int32_t* first_position, std::size_t segments,
               const AttendOptions& options);
 
-  // Copies k, v between places of the pool and rows of the slab.
-  void export_rows(const SegmentView& segment, const std::int32_t* layers,
-                   const std::int32_t* pages, const std::int32_t* offsets,
-                   const std::int32_t* slots, std::size_t n) const;
-  void import_rows(const SegmentView& segment, const std::int32_t* layers,
-                   const std::int32_t* pages, const std::int32_t* offsets,
-                   const std::int32_t* slots, std::size_t n);
+  // Copies k, v between places of the pool and the slab: `indices` of the tokens in `slots`.
+  void export_tokens(const SegmentView& segment, const std::int32_t* layers,
+                     const std::int32_t* pages, const std::int32_t* offsets,
+                     const std::int32_t* slots, const std::int32_t* indices, std::size_t n);
+  void import_tokens(const SegmentView& segment, const std::int32_t* layers,
+                     const std::int32_t* pages, const std::int32_t* offsets,
+                     const std::int32_t* slots, const std::int32_t* indices, std::size_t n);
 
   void check_place(std::int32_t layer, std::int32_t page, std::int32_t offset) const;
 
  private:
   PagedKv(const shm::Geometry& geometry, std::shared_ptr<ThreadPool> threads);
-  void check_transfer(const SegmentView& segment, const std::int32_t* layers,
-                      const std::int32_t* pages, const std::int32_t* offsets,
-                      const std::int32_t* slots, std::size_t n) const;
+  // Puts the tokens of a transfer into tokens_.
+  void name_tokens(const SegmentView& segment, const std::int32_t* layers,
+                   const std::int32_t* pages, const std::int32_t* offsets,
+                   const std::int32_t* slots, const std::int32_t* indices, std::size_t n);
 
   std::shared_ptr<ThreadPool> pool_;
   HugeMemory memory_;
   KvPages pages_;
-  std::vector<Segment> segments_;
+  std::vector<Segment> segments_;  // of a call; kept for their memory
+  std::vector<KvToken> tokens_;
   Attention attention_;
 };
 

@@ -42,7 +42,8 @@ class SegmentView {
         geometry_(g),
         regions_(shm::regions_of(g)),
         max_pages_per_sequence_(shm::max_pages_per_sequence(g)),
-        slab_row_bytes_(shm::slot_elems(g) * shm::dtype_bytes(g.dtype)) {}
+        slab_row_bytes_(shm::slot_elems(g) * shm::dtype_bytes(g.dtype)),
+        kv_row_bytes_(std::size_t{g.kv_heads} * g.head_dim * shm::dtype_bytes(g.dtype)) {}
 
   explicit operator bool() const { return base_ != nullptr; }
   shm::Header& header() const { return *reinterpret_cast<shm::Header*>(base_); }
@@ -74,6 +75,13 @@ class SegmentView {
   std::byte* slab_row(std::uint32_t slot) const {
     return base_ + regions_.slab + slot * slab_row_bytes_;
   }
+  // Rows of token `index` of a CHECKPOINT or RESTORE message.
+  std::byte* transfer_k(std::uint32_t slot, std::uint32_t index) const {
+    return slab_row(slot) + 2 * std::size_t{index} * kv_row_bytes_;
+  }
+  std::byte* transfer_v(std::uint32_t slot, std::uint32_t index) const {
+    return transfer_k(slot, index) + kv_row_bytes_;
+  }
   std::byte* kv() const { return base_ + regions_.kv; }
   std::byte* at_offset(std::uint64_t offset) const { return base_ + offset; }
 
@@ -88,6 +96,7 @@ class SegmentView {
   shm::Regions regions_{};
   std::uint32_t max_pages_per_sequence_ = 0;
   std::size_t slab_row_bytes_ = 0;
+  std::size_t kv_row_bytes_ = 0;
 };
 
 // Where q, k, v and out begin in a slab row, in elements.

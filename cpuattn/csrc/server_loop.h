@@ -65,6 +65,10 @@ class ServerLoop {
   bool drain(std::int64_t timeout_ms);
   void stop();
 
+  // Messages of the low ring that are taken at once: enough to keep all threads busy, and no more
+  // than some tens of microseconds that ATTEND might have to wait.
+  static std::size_t low_batch(const shm::Geometry& geometry);
+
   // Grows at least ten times a second while the loop is alive.
   std::uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
   ExecutorStats stats();
@@ -77,6 +81,21 @@ class ServerLoop {
     bool operator>(const Held& other) const { return due_us > other.due_us; }
   };
 
+  // Holds mutex_ for a thread other than the loop, soon even when the loop is busy.
+  class Visit {
+   public:
+    explicit Visit(ServerLoop& loop) : loop_(loop) {
+      loop_.visitor_.store(true);
+      lock_ = std::unique_lock(loop_.mutex_);
+    }
+    ~Visit() { loop_.visitor_.store(false); }
+
+   private:
+    ServerLoop& loop_;
+    std::unique_lock<std::mutex> lock_;
+  };
+
+  shm::Header& header() const { return *reinterpret_cast<shm::Header*>(mapping_.data()); }
   void run();
   bool spin();
   bool step();
@@ -105,6 +124,7 @@ class ServerLoop {
   RingConsumer requests_;
   RingConsumer low_;
   RingProducer responses_;
+  std::size_t low_batch_ = 0;
   std::vector<std::uint64_t> entries_;
   std::vector<Message> batch_;
   std::vector<std::uint64_t> answers_;
@@ -121,7 +141,6 @@ class ServerLoop {
   std::atomic<std::uint64_t> progress_{0};
   std::thread thread_;
 
-  class Visit;
 };
 
 }  // namespace omniserve

@@ -51,7 +51,7 @@ bool WorkerLink::flush(Side& side) {
 
 void WorkerLink::submit(std::uint32_t kind, const std::int32_t* layers,
                         const std::int32_t* sequences, const std::int32_t* positions,
-                        const std::int32_t* slots, std::size_t n) {
+                        const std::int32_t* counts, const std::int32_t* slots, std::size_t n) {
   check_epoch();
   // Marks slots while it checks, so that a slot named twice is caught too; undone on refusal.
   for (std::size_t i = 0; i < n; ++i) {
@@ -77,6 +77,7 @@ void WorkerLink::submit(std::uint32_t kind, const std::int32_t* layers,
     header.layer = static_cast<std::uint32_t>(layers[i]);
     header.sequence = static_cast<std::uint32_t>(sequences[i]);
     header.position = static_cast<std::uint32_t>(positions[i]);
+    header.count = counts == nullptr ? 1 : static_cast<std::uint32_t>(counts[i]);
     header.request_generation.store(++generation_[slot], std::memory_order_release);
     push(side, shm::ring_entry(slot, generation_[slot]));
   }

@@ -24,8 +24,10 @@ class WorkerLink {
 
   // One message per row, one publication for all. Nothing is sent if any row is refused:
   // std::out_of_range for a slot that does not exist, std::runtime_error for one in use.
+  // counts: tokens of each message, or nullptr for 1 each.
   void submit(std::uint32_t kind, const std::int32_t* layers, const std::int32_t* sequences,
-              const std::int32_t* positions, const std::int32_t* slots, std::size_t n);
+              const std::int32_t* positions, const std::int32_t* counts, const std::int32_t* slots,
+              std::size_t n);
 
   // Appends completions since the last call.
   void poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t>& statuses);

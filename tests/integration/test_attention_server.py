@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from numpy.typing import NDArray
 from support.attention_process import GEOMETRY, PAGES, PATIENCE_S, ServerProcess, Worker
 
 from omniserve.attnkernel import (
@@ -19,6 +20,7 @@ from omniserve.attnkernel import (
     KIND_CHECKPOINT,
     KIND_FREE,
     KIND_RESTORE,
+    STATUS_BAD_COUNT,
     STATUS_BAD_KIND,
     STATUS_BAD_LAYER,
     STATUS_BAD_POSITION,
@@ -104,7 +106,7 @@ def test_a_checkpointed_prompt_is_attended_and_restored_byte_for_byte(worker: Wo
     slots = worker.send(KIND_RESTORE, rows)
     assert set(worker.wait(slots)) == {STATUS_OK}
     for slot, (layer, sequence, position) in zip(slots, rows, strict=True):
-        got = worker.link.slab[slot, worker.link.k_offset : worker.link.out_offset]
+        got = worker.link.slab[slot, worker.kv_columns(KIND_RESTORE)]
         np.testing.assert_array_equal(got, worker.kv[sequence, layer][position])
 
 
@@ -285,3 +287,64 @@ def test_an_unusable_setting_is_named(shm_dir: Path) -> None:
     ended = run_server(shm_dir, "--threads", "0")
     assert ended.returncode == 2
     assert ended.stderr.startswith("cpuattn: SETTINGS: threads: ")
+
+
+def _send_tokens(
+    worker: Worker, kind: int, layer: int, first: int, kv: NDArray[np.float32]
+) -> list[int]:
+    """One message for all of `kv` [tokens, k | v] of sequence 3; returns its statuses."""
+    slot = worker.free.pop()
+    worker.sent[slot] = (kind, layer, 3, first)
+    worker.link.slab[slot] = np.nan
+    worker.link.slab[slot, : kv.size] = kv.ravel()
+    number = [np.array([value], np.int32) for value in (layer, 3, first, slot, len(kv))]
+    worker.link.submit(kind, *number)
+    statuses = worker.wait([slot])
+    worker.release([slot])
+    return statuses
+
+
+def _tokens(worker: Worker, tokens: int) -> NDArray[np.float32]:
+    columns = 2 * GEOMETRY.kv_heads * GEOMETRY.head_dim
+    return worker.rng.standard_normal((tokens, columns)).astype(np.float32)
+
+
+def test_a_message_carries_several_tokens_and_may_be_repeated(worker: Worker) -> None:
+    full = worker.link.transfer_tokens
+    assert full == GEOMETRY.transfer_tokens > 1
+    kv = _tokens(worker, 5 * full)
+    for layer in range(GEOMETRY.layers):
+        for first in range(0, len(kv), full):
+            part = kv[first : first + full]
+            assert _send_tokens(worker, KIND_CHECKPOINT, layer, first, part) == [STATUS_OK]
+            # The last one again, as after a crash between its length and its answer.
+            assert _send_tokens(worker, KIND_CHECKPOINT, layer, first, part) == [STATUS_OK]
+        # From a place that is written to one that is not.
+        part = kv[-1:].repeat(2, axis=0)
+        assert _send_tokens(worker, KIND_CHECKPOINT, layer, len(kv) - 1, part) == [STATUS_OK]
+        worker.kv[3, layer] = dict(enumerate([*kv, kv[-1]]))
+    assert worker.link.written_len[3].tolist() == [len(kv) + 1] * GEOMETRY.layers
+    worker.decode(3, len(kv) + 1)
+    restored = worker.send(KIND_RESTORE, [(1, 3, 2)], count=full)
+    assert worker.wait(restored) == [STATUS_OK]
+    got = worker.link.slab[restored[0], : full * kv.shape[1]]
+    np.testing.assert_array_equal(got, kv[2 : 2 + full].ravel())
+
+
+def test_a_message_with_an_impossible_count_is_refused(worker: Worker) -> None:
+    last = GEOMETRY.max_sequence_tokens - 1
+    for kind in (KIND_CHECKPOINT, KIND_RESTORE):
+        for count in (0, -1, worker.link.transfer_tokens + 1):
+            slots = worker.send(kind, [(0, 0, 0)], count=count)
+            assert worker.wait(slots) == [STATUS_BAD_COUNT]
+            worker.release(slots)
+        slots = worker.send(kind, [(0, 0, last)], count=2)
+        assert worker.wait(slots) == [STATUS_BAD_POSITION]
+        worker.release(slots)
+
+
+def test_tokens_beyond_the_last_page_are_refused_whole(worker: Worker) -> None:
+    worker.prefill(0, PAGES // 2 * GEOMETRY.page_tokens)
+    worker.prefill(1, (PAGES - PAGES // 2) * GEOMETRY.page_tokens)
+    assert _send_tokens(worker, KIND_CHECKPOINT, 0, 0, _tokens(worker, 2)) == [STATUS_NO_PAGE]
+    assert worker.link.written_len[3].tolist() == [0, 0]

@@ -75,7 +75,7 @@ def test_int8_kv_comes_back_within_half_a_step(server: ServerProcess) -> None:
     worker.run(KIND_CHECKPOINT, [(0, 1, 0)])
     slots = worker.send(KIND_RESTORE, [(0, 1, 0)])
     assert worker.wait(slots) == [STATUS_OK]
-    got = worker.link.slab[slots[0], worker.link.k_offset : worker.link.out_offset]
+    got = worker.link.slab[slots[0], worker.kv_columns(KIND_RESTORE)]
     sent = worker.kv[1, 0][0]
     heads = (-1, GEOMETRY.head_dim)
     step = np.abs(sent.reshape(heads)).max(axis=1, keepdims=True) / 127

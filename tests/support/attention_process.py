@@ -151,8 +151,18 @@ class WorkerEnd:
         self.statuses: dict[int, int] = {}
         self.order: list[int] = []
 
-    def send(self, kind: int, rows: list[tuple[int, int, int]], *, fresh: bool = True) -> list[int]:
-        """One message per (layer, sequence, position); returns their slots. fresh: new k, v."""
+    def send(
+        self,
+        kind: int,
+        rows: list[tuple[int, int, int]],
+        *,
+        fresh: bool = True,
+        count: int = 1,
+    ) -> list[int]:
+        """One message per (layer, sequence, position); returns their slots.
+
+        fresh: new k, v. count: what each message says; k, v are of its first token only.
+        """
         slots = [self.free.pop() for _ in rows]
         for (layer, sequence, position), slot in zip(rows, slots, strict=True):
             self.sent[slot] = (kind, layer, sequence, position)
@@ -161,7 +171,8 @@ class WorkerEnd:
             elif kind == KIND_RESTORE:
                 self.link.slab[slot] = np.nan
         columns = np.array(rows, np.int32).reshape(-1, 3).T.copy()
-        self.link.submit(kind, columns[0], columns[1], columns[2], np.array(slots, np.int32))
+        counts = np.full(len(rows), count, np.int32)
+        self.link.submit(kind, *columns, np.array(slots, np.int32), counts)
         return slots
 
     def _fill(self, slot: int, layer: int, sequence: int, position: int, *, fresh: bool) -> None:
@@ -169,10 +180,16 @@ class WorkerEnd:
         row = self.rng.standard_normal(link.slot_elems).astype(np.float32)
         row[link.out_offset :] = np.nan
         known = self.kv.setdefault((sequence, layer), {})
+        kv = self.kv_columns(self.sent[slot][0])
         if not fresh:
-            row[link.k_offset : link.out_offset] = known[position]
+            row[kv] = known[position]
         link.slab[slot] = row
-        known.setdefault(position, row[link.k_offset : link.out_offset].copy())
+        known.setdefault(position, row[kv].copy())
+
+    def kv_columns(self, kind: int) -> slice:
+        """Where a message's slot has k and v of (its first) token."""
+        start = self.link.k_offset if kind == KIND_ATTEND else 0
+        return slice(start, start + self.link.out_offset - self.link.k_offset)
 
     def poll(self) -> None:
         """Takes what has come, without waiting."""

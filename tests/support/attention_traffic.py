@@ -142,9 +142,8 @@ class _Traffic:
         if kind == KIND_ATTEND:
             self.worker.assert_attended(slot)
         elif kind == KIND_RESTORE:
-            link = self.worker.link
             np.testing.assert_array_equal(
-                link.slab[slot, link.k_offset : link.out_offset],
+                self.worker.link.slab[slot, self.worker.kv_columns(kind)],
                 self.worker.kv[sequence, layer][position],
             )
         elif kind == KIND_FREE:

@@ -94,10 +94,11 @@ class AttentionProbe {
   void fill(std::mt19937& draw) {
     const shm::Geometry& g = kv_.geometry();
     const std::size_t columns = std::size_t{g.kv_heads} * g.head_dim;
-    const auto k = random_rows(draw, columns * g.page_tokens);
-    const auto v = random_rows(draw, columns * g.page_tokens);
+    auto k = random_rows(draw, columns * g.page_tokens);
+    auto v = random_rows(draw, columns * g.page_tokens);
     for (std::uint32_t t = 0; t < g.page_tokens; ++t)
-      kv_.pages().write(0, 0, t, k.data() + t * columns, v.data() + t * columns);
+      kv_.pages().write({0, 0, t, reinterpret_cast<std::byte*>(k.data() + t * columns),
+                         reinterpret_cast<std::byte*>(v.data() + t * columns)});
     const std::size_t page_bytes = kv_.pages().page_stride();
     for (std::uint32_t page = 1; page < g.pages; ++page)
       std::memcpy(kv_.pages().block(0, page, 0), kv_.pages().block(0, 0, 0), page_bytes);

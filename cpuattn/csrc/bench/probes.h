@@ -25,6 +25,7 @@ class Stopwatch {
 void bind_attention(nanobind::module_& m);
 void bind_bandwidth(nanobind::module_& m);
 void bind_dense_bench(nanobind::module_& m);
+void bind_transfer(nanobind::module_& m);
 void bind_transport(nanobind::module_& m);
 
 }  // namespace omniserve

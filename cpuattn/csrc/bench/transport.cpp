@@ -306,7 +306,8 @@ class TransportPair {
 
   // Sends messages of the first `rows` slots and takes all answers.
   void exchange(std::uint32_t rows, bool sleeps) {
-    link_->submit(shm::kAttend, zeros_.data(), zeros_.data(), slots_.data(), slots_.data(), rows);
+    link_->submit(shm::kAttend, zeros_.data(), zeros_.data(), slots_.data(), nullptr,
+                  slots_.data(), rows);
     answered_.clear();
     statuses_.clear();
     for (;;) {

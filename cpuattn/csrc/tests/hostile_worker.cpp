@@ -88,6 +88,7 @@ class Hostile {
     if (h.sequence == kHonestSequence) h.sequence = 1;
     // Mostly the position whose turn it is, so that KV is appended and read.
     h.position = below(4) ? length(h.sequence, h.layer) : some(g.max_sequence_tokens + 2);
+    h.count = below(4) ? 1 : some(shm::transfer_tokens(g) + 2);
     if (below(8) == 0) fill_row(slot);
     const std::uint32_t generation =
         below(8) ? h.request_generation.load() + 1 : static_cast<std::uint32_t>(random_());
@@ -227,6 +228,7 @@ void serve_honestly(HeapServer& server, const SegmentView& segment, std::uint32_
   h.layer = 1;
   h.sequence = sequence;
   h.position = position;
+  h.count = 1;
   h.request_generation.fetch_add(1);
   CHECK(server.serve(slot) == shm::kOk, "status %u", h.status);
 }
@@ -284,7 +286,7 @@ void attend_through_link(const std::string& path, std::uint64_t seed) {
     const std::int32_t layer = 1;
     const std::int32_t sequence = kHonestSequence;
     honest.fill(static_cast<std::uint32_t>(slot));
-    link.submit(shm::kAttend, &layer, &sequence, &position, &slot, 1);
+    link.submit(shm::kAttend, &layer, &sequence, &position, nullptr, &slot, 1);
     std::vector<std::int32_t> slots;
     std::vector<std::uint8_t> statuses;
     const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(30);

@@ -63,6 +63,27 @@ class AttentionProbe:
     def run(self) -> float:
         """Seconds of one call."""
 
+class TransferProbe:
+    """A worker's end and a server's executor in one process; each call returns seconds.
+
+    A round moves `max_sequence_tokens` tokens of every layer, in slots and at places that no round
+    used lately.
+    """
+
+    def __init__(self, folder: str, geometry: Geometry, threads: int) -> None: ...
+    @property
+    def bytes(self) -> int:
+        """K and V of one round."""
+
+    def checkpoint(self) -> float:
+        """CHECKPOINT messages from the ring to their answers."""
+
+    def restore(self) -> float:
+        """RESTORE messages of what `checkpoint` has just stored."""
+
+    def copy(self, to_arena: bool) -> float:
+        """memcpy of as many rows from slots to the arena, or back, with the same threads."""
+
 class TransportPair:
     """A worker's end of a segment in this process, and an echo in another one on `server_cpu`.
 

@@ -23,6 +23,7 @@ STATUS_BAD_SEQUENCE: int
 STATUS_BAD_POSITION: int
 STATUS_NO_PAGE: int
 STATUS_FREED: int
+STATUS_BAD_COUNT: int
 
 class Geometry:
     def __init__(
@@ -130,15 +131,30 @@ class PagedKv:
         softmax and adds nothing.
         """
 
-    def export_rows(
-        self, link: WorkerLink, layers: Int32s, pages: Int32s, offsets: Int32s, slots: Int32s
+    def export_tokens(
+        self,
+        link: WorkerLink,
+        layers: Int32s,
+        pages: Int32s,
+        offsets: Int32s,
+        slots: Int32s,
+        indices: Int32s,
     ) -> None:
-        """Copies k, v of places (all i32[n]) into rows of the link's slab."""
+        """Copies k, v of places (all i32[n]) into the link's slab.
 
-    def import_rows(
-        self, link: WorkerLink, layers: Int32s, pages: Int32s, offsets: Int32s, slots: Int32s
+        indices: which of a slot's transfer_tokens each is.
+        """
+
+    def import_tokens(
+        self,
+        link: WorkerLink,
+        layers: Int32s,
+        pages: Int32s,
+        offsets: Int32s,
+        slots: Int32s,
+        indices: Int32s,
     ) -> None:
-        """Copies k, v from rows of the link's slab to places (all i32[n])."""
+        """Copies k, v from the link's slab to places (all i32[n]); see export_tokens."""
 
     def read(
         self, layer: int, page: int, offset: int
@@ -258,11 +274,22 @@ class WorkerLink:
     def outstanding(self) -> int: ...
     @property
     def ring_waits(self) -> int: ...
+    @property
+    def transfer_tokens(self) -> int:
+        """Tokens that one CHECKPOINT or RESTORE message has room for."""
+
     def submit(
-        self, kind: int, layers: Int32s, sequences: Int32s, positions: Int32s, slots: Int32s
+        self,
+        kind: int,
+        layers: Int32s,
+        sequences: Int32s,
+        positions: Int32s,
+        slots: Int32s,
+        counts: Int32s | None = None,
     ) -> None:
         """Sends one message per row (all i32[n]) with one publication.
 
+        counts: tokens from the position on, of CHECKPOINT and RESTORE; 1 each if None.
         Raises RuntimeError for a slot with an outstanding message, IndexError for one that does
         not exist; nothing is sent then.
         """

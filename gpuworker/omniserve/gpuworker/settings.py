@@ -55,7 +55,7 @@ class WorkerSettings(BaseSettings):
     transfer_slots: int = Field(
         2048,
         ge=64,
-        description="Slots per server for checkpoints and restores, one token and layer each.",
+        description="Slots per server for checkpoints and restores: a few tokens of a layer each.",
     )
     prefill_chunk_tokens_max: int = Field(512, ge=16, description="Largest prefill chunk.")
     be_placement: Literal["auto", "device", "host"] = Field(

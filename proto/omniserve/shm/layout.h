@@ -12,7 +12,7 @@
 namespace omniserve::shm {
 
 constexpr std::uint64_t kMagic = 0x314745534E4D4FULL;  // "OMNSEG1"
-constexpr std::uint32_t kLayoutVersion = 2;
+constexpr std::uint32_t kLayoutVersion = 3;
 constexpr std::uint64_t kPageAlign = 4096;
 constexpr std::uint64_t kLine = 64;
 
@@ -20,6 +20,8 @@ constexpr std::uint64_t kLine = 64;
 enum Dtype : std::uint32_t { kFloat32 = 1, kBfloat16 = 2, kFloat16 = 3, kInt8 = 4 };
 
 // What a slot asks for. ATTEND and FREE travel in the request ring, the others in the low one.
+// CHECKPOINT and RESTORE are of up to transfer_tokens(g) tokens, whose rows fill the slot from its
+// start: [count][k | v].
 enum Kind : std::uint32_t { kAttend = 1, kCheckpoint = 2, kRestore = 3, kFree = 4 };
 
 enum Status : std::uint32_t {
@@ -30,6 +32,7 @@ enum Status : std::uint32_t {
   kBadPosition = 4,  // beyond max_sequence_tokens, or older than the last token written
   kNoPage = 5,
   kFreed = 6,  // the sequence was freed while this message waited for its turn
+  kBadCount = 7,
 };
 
 enum SequenceState : std::uint32_t { kEmpty = 0, kActive = 1 };
@@ -59,7 +62,7 @@ struct Regions {
   std::uint64_t low_ring;        // the same; produced by the worker
   std::uint64_t response_ring;   // the same; produced by the server
   std::uint64_t slot_headers;    // SlotHeader[slots]
-  std::uint64_t slab;            // [slots][q | k | v | out], worker's but for out, and k, v in RESTORE
+  std::uint64_t slab;            // [slots][q | k | v | out], worker's but for out, and all of it in RESTORE
   std::uint64_t kv;              // [layers][pages][kv_heads] blocks
   std::uint64_t end;
 };
@@ -106,11 +109,12 @@ struct SlotHeader {
   std::uint32_t kind;      // worker
   std::uint32_t layer;     // worker
   std::uint32_t sequence;  // worker
-  std::uint32_t position;  // worker
+  std::uint32_t position;  // worker; of the first token
+  std::uint32_t count;     // worker; tokens of CHECKPOINT and RESTORE, 1 otherwise
   std::atomic<std::uint32_t> request_generation;  // worker, written last
   std::uint32_t status;
   std::atomic<std::uint32_t> done_generation;  // written last
-  std::uint8_t reserved[36];
+  std::uint8_t reserved[32];
 };
 
 static_assert(std::atomic<std::uint32_t>::is_always_lock_free);
@@ -152,6 +156,11 @@ constexpr std::uint32_t ring_capacity(std::uint32_t slots) {
 
 constexpr std::uint64_t slot_elems(const Geometry& g) {
   return 2ULL * (g.heads + g.kv_heads) * g.head_dim;
+}
+
+// Tokens of one layer whose K and V a slot has room for.
+constexpr std::uint32_t transfer_tokens(const Geometry& g) {
+  return (g.heads + g.kv_heads) / g.kv_heads;
 }
 
 // What an inner loop of the kernel covers: tokens of K, dimensions of V. It reads on in memory.

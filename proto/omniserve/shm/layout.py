@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 from omniserve.errors import InvalidArgumentError
 
 MAGIC = 0x314745534E4D4F  # "OMNSEG1"
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 PAGE_ALIGN_BYTES = 4096
 LINE_BYTES = 64
 
@@ -34,6 +34,7 @@ STATUS_BAD_SEQUENCE = 3
 STATUS_BAD_POSITION = 4
 STATUS_NO_PAGE = 5
 STATUS_FREED = 6
+STATUS_BAD_COUNT = 7
 
 _U8, _U32, _U64 = ctypes.c_uint8, ctypes.c_uint32, ctypes.c_uint64
 
@@ -113,10 +114,11 @@ class CSlotHeader(ctypes.LittleEndianStructure):
         ("layer", _U32),
         ("sequence", _U32),
         ("position", _U32),
+        ("count", _U32),
         ("request_generation", _U32),
         ("status", _U32),
         ("done_generation", _U32),
-        ("reserved", _U8 * 36),
+        ("reserved", _U8 * 32),
     )
 
 
@@ -150,6 +152,11 @@ class Geometry:
     def slot_elems(self) -> int:
         """Elements of a slot's row: q | k | v | out."""
         return 2 * (self.heads + self.kv_heads) * self.head_dim
+
+    @property
+    def transfer_tokens(self) -> int:
+        """Tokens of one layer whose K and V a slot has room for."""
+        return (self.heads + self.kv_heads) // self.kv_heads
 
     @property
     def block_bytes(self) -> int:

@@ -1,8 +1,8 @@
 """Moves KV between device and arenas: incremental checkpoints out, restores in (ConServe).
 
 A CHECKPOINT follows the tokens that a BE request computes on the device, so that giving up its
-device pages costs nothing; a RESTORE brings them back for promotion. Both go token by token and
-layer by layer through a server's transfer slots, as many as are free, and never wait.
+device pages costs nothing; a RESTORE brings them back for promotion. Both go layer by layer through
+a server's transfer slots, several tokens a slot, as many as are free, and never wait.
 """
 
 from __future__ import annotations
@@ -26,30 +26,27 @@ class Mirror:
         self._layers = layers
         self._page_tokens = page_tokens
         slots = int(server.link.geometry.slots)
+        self._slot_tokens = server.link.transfer_tokens
         self._owner: list[Request | None] = [None] * slots
         self._kind = np.zeros(slots, dtype=np.int8)
         self._layer = np.zeros(slots, dtype=np.int32)
         self._position = np.zeros(slots, dtype=np.int32)
+        self._count = np.zeros(slots, dtype=np.int32)
 
     def checkpoint(self, request: Request) -> int:
         """Sends KV that is computed but not sent yet, as far as slots go; returns the tokens."""
-        start = request.mirrored_sent
-        tokens = self._affordable(request.computed - start)
+        slots, tokens = self._take_slots(request.mirrored_sent, request.computed)
         if tokens:
-            slots, layers, positions = self._rows(start, tokens)
-            pages, offsets = self._place(request, positions)
-            self._kv.export_rows(self._server.link, layers, pages, offsets, slots)
-            self._send(KIND_CHECKPOINT, request, layers, positions, slots)
+            self._kv.export_tokens(self._server.link, *self._places(request, slots))
+            self._send(KIND_CHECKPOINT, request, slots)
             request.mirrored_sent += tokens
         return tokens
 
     def restore(self, request: Request) -> None:
         """Asks for KV that the device lacks, as far as slots go."""
-        start = request.restored
-        tokens = self._affordable(request.computed - start)
+        slots, tokens = self._take_slots(request.restored, request.computed)
         if tokens:
-            slots, layers, positions = self._rows(start, tokens)
-            self._send(KIND_RESTORE, request, layers, positions, slots)
+            self._send(KIND_RESTORE, request, slots)
             request.restored += tokens
 
     def answered(self, slots: Ints, statuses: npt.NDArray[np.uint8]) -> list[tuple[Request, int]]:
@@ -66,9 +63,7 @@ class Mirror:
         for request in {id(r): r for r in (self._owner[s] for s in restored) if r}.values():
             rows = restored[[self._owner[s] is request for s in restored]]
             if request.blocks:  # none if it ended on the way
-                pages, offsets = self._place(request, self._position[rows])
-                layers = self._layer[rows]
-                self._kv.import_rows(self._server.link, layers, pages, offsets, rows)
+                self._kv.import_tokens(self._server.link, *self._places(request, rows))
         for slot in slots.tolist():
             owner = self._owner[slot]
             assert owner is not None, "an answer for a slot that nobody owns"
@@ -77,29 +72,38 @@ class Mirror:
         self._server.transfer_slots_free.extend(slots.tolist())
         return refused
 
-    def _affordable(self, tokens: int) -> int:
-        return min(tokens, len(self._server.transfer_slots_free) // self._layers)
+    def _take_slots(self, start: int, end: int) -> tuple[Ints, int]:
+        """Takes slots for tokens `start` to `end` in every layer, as far as they go.
 
-    def _rows(self, start: int, tokens: int) -> tuple[Ints, Ints, Ints]:
-        """Takes a slot for each token and layer; positions grow within each layer."""
-        count = tokens * self._layers
+        Returns the slots, positions growing within each layer, and how many tokens they take.
+        """
         free = self._server.transfer_slots_free
+        per_layer = min(-(-(end - start) // self._slot_tokens), len(free) // self._layers)
+        tokens = min(end - start, per_layer * self._slot_tokens)
+        count = per_layer * self._layers
         slots = np.array(free[len(free) - count :], dtype=np.int32)
         del free[len(free) - count :]
-        layers = np.repeat(np.arange(self._layers, dtype=np.int32), tokens)
-        positions = np.tile(np.arange(start, start + tokens, dtype=np.int32), self._layers)
-        return slots, layers, positions
+        positions = np.arange(start, start + tokens, self._slot_tokens, dtype=np.int32)
+        self._layer[slots] = np.repeat(np.arange(self._layers, dtype=np.int32), per_layer)
+        self._position[slots] = np.tile(positions, self._layers)
+        self._count[slots] = np.minimum(self._slot_tokens, start + tokens - self._position[slots])
+        return slots, tokens
 
-    def _place(self, request: Request, positions: Ints) -> tuple[Ints, Ints]:
-        blocks = np.asarray(request.blocks, dtype=np.int32)
-        return blocks[positions // self._page_tokens], positions % self._page_tokens
+    def _places(self, request: Request, slots: Ints) -> tuple[Ints, Ints, Ints, Ints, Ints]:
+        """Of every token in `slots`: layer, device page, offset in it, slot, place in the slot."""
+        counts = self._count[slots]
+        index = np.arange(int(counts.sum()), dtype=np.int32)
+        index -= np.repeat(np.cumsum(counts) - counts, counts).astype(np.int32)
+        positions = np.repeat(self._position[slots], counts) + index
+        pages = np.asarray(request.blocks, dtype=np.int32)[positions // self._page_tokens]
+        layers = np.repeat(self._layer[slots], counts)
+        return layers, pages, positions % self._page_tokens, np.repeat(slots, counts), index
 
-    def _send(
-        self, kind: int, request: Request, layers: Ints, positions: Ints, slots: Ints
-    ) -> None:
+    def _send(self, kind: int, request: Request, slots: Ints) -> None:
         sequences = np.full(len(slots), request.sequence, dtype=np.int32)
-        self._server.link.submit(kind, layers, sequences, positions, slots)
-        self._kind[slots], self._layer[slots], self._position[slots] = kind, layers, positions
+        layers, positions, counts = self._layer[slots], self._position[slots], self._count[slots]
+        self._server.link.submit(kind, layers, sequences, positions, slots, counts)
+        self._kind[slots] = kind
         for slot in slots.tolist():
             self._owner[slot] = request
         request.transfers += len(slots)
