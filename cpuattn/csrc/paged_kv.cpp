@@ -1,7 +1,5 @@
 #include "paged_kv.h"
 
-#include <algorithm>
-#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -24,10 +22,6 @@ shm::Geometry own_geometry(std::uint32_t layers, std::uint32_t kv_heads, std::ui
   check_geometry(g);
   return g;
 }
-
-// Appended rows that a thread takes at a time, and how many make it worth to call the threads.
-constexpr std::size_t kRowsOfUnit = 32;
-constexpr std::size_t kRowsWorthSharing = 4 * kRowsOfUnit;
 
 }  // namespace
 
