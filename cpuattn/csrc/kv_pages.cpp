@@ -20,7 +20,7 @@ constexpr std::size_t kMaxDim = 256;
 constexpr std::size_t kLine = shm::kLine;
 // What is worth waking another thread for, and how often each then takes a share.
 constexpr std::size_t kSharedBytes = 32 << 10;
-constexpr std::size_t kSharesPerThread = 4;
+constexpr std::size_t kSharesPerThread = 1;
 
 // Rows of one head: pointer i belongs to token `offset + i` of the page.
 struct HeadRows {
@@ -40,26 +40,58 @@ T load(const std::byte* from) {
   return value;
 }
 
-// What is moved next: a head's block and its rows. Fetched while the one before it is moved, for
-// neither is in a cache, and both are read in pieces too small for the hardware to see a pattern.
-struct Next {
-  const std::byte* block = nullptr;  // half of it, as large as the half that is being moved
-  std::size_t block_bytes = 0;
-  const KvToken* run = nullptr;
-  std::byte* KvToken::* part = nullptr;
-  std::size_t at = 0;
-  std::size_t row_bytes = 0;
-  std::size_t n = 0;
-
-  // The share of `count` tokens from the i-th on of n_moved that are moved meanwhile.
-  void fetch(std::size_t i, std::size_t count, std::size_t n_moved) const {
-    const std::size_t begin = block_bytes * i / n_moved, end = block_bytes * (i + count) / n_moved;
-    for (std::size_t line = begin / kLine * kLine; line < end; line += kLine)
-      __builtin_prefetch(block + line, 1);
-    for (std::size_t t = i; t < std::min(i + count, n); ++t)
-      for (std::size_t line = 0; line < row_bytes; line += kLine)
-        __builtin_prefetch(run[t].*part + at + line);
+// Fetches what is moved next while something else is moved: the rows of its tokens, and the page if
+// it is read. In the order in which they lie, as memory gives them fastest.
+class Ahead {
+ public:
+  // steps: of advance(), until all is fetched.
+  Ahead(const KvPages& pages, const KvToken* run, std::size_t n, bool page, std::size_t steps)
+      : token_(run),
+        end_(run + n),
+        row_lines_(pages.row_bytes() / kLine),
+        steps_(steps),
+        lines_(2 * n * row_lines_) {
+    if (n == 0) return;
+    start(run->k, row_lines_);
+    if (!page || run->offset != 0) return;
+    page_ = pages.block(run->layer, run->page, 0);
+    page_lines_ = pages.page_stride() / kLine;
+    lines_ += page_lines_;
   }
+
+  void advance(std::size_t steps) {
+    step_ += steps;
+    for (const std::size_t target = lines_ * step_ / steps_; fetched_ < target; ++fetched_) {
+      if (left_ == 0) next();
+      __builtin_prefetch(at_);
+      at_ += kLine;
+      --left_;
+    }
+  }
+
+ private:
+  void start(const std::byte* at, std::size_t lines) {
+    at_ = at;
+    left_ = lines;
+  }
+  void next() {
+    if (token_ == end_) return start(page_, page_lines_);
+    if (!in_v_) {
+      start(token_->v, row_lines_);
+    } else if (++token_ != end_) {
+      start(token_->k, row_lines_);
+    } else {
+      start(page_, page_lines_);
+    }
+    in_v_ = !in_v_;
+  }
+
+  const KvToken* token_;
+  const KvToken* end_;
+  bool in_v_ = false;
+  const std::byte* page_ = nullptr;
+  const std::byte* at_ = nullptr;
+  std::size_t left_ = 0, page_lines_ = 0, row_lines_, steps_, lines_, fetched_ = 0, step_ = 0;
 };
 
 // Four words of four rows in, the same words side by side out: 4 x 4 words change places.
@@ -81,14 +113,14 @@ inline void transpose(std::byte* const to[4], const std::byte* const from[4]) {
 // token. A few rows at a time: rows in slots may lie so that a cache cannot hold many of them.
 template <typename Word, bool kIn, typename Rows>
 void move_k(std::byte* block, std::size_t words, std::size_t tokens, std::size_t offset,
-            std::size_t n, Rows& rows, const Next& next) {
+            std::size_t n, Rows& rows, Ahead& ahead) {
   for (std::size_t t = offset; t < offset + n;) {
     const std::size_t first = t / kGroup * kGroup;
     const std::size_t line_bytes = std::min(kGroup, tokens - first) * sizeof(Word);
     const std::size_t end = std::min(first + kGroup, offset + n);
     std::byte* column = block + (first * words + t - first) * sizeof(Word);
     if (sizeof(Word) == 4 && t + 4 <= end) {
-      next.fetch(t - offset, 4, n);
+      ahead.advance(4);
       std::byte* row[4] = {rows[t - offset], rows[t - offset + 1], rows[t - offset + 2],
                            rows[t - offset + 3]};
       for (std::size_t w = 0; w < words; w += 4) {
@@ -111,11 +143,11 @@ void move_k(std::byte* block, std::size_t words, std::size_t tokens, std::size_t
 // V is [groups of dimensions][tokens / P][dimensions of the group][P].
 template <typename T, std::size_t P, bool kIn, typename Rows>
 void move_v(std::byte* block, std::size_t dim, std::size_t tokens, std::size_t offset,
-            std::size_t n, Rows& rows, const Next& next) {
+            std::size_t n, Rows& rows, Ahead& ahead) {
   for (std::size_t t = offset; t < offset + n;) {
     const std::size_t at = t % P;
     const std::size_t count = std::min(P - at, offset + n - t);
-    next.fetch(t - offset, count, n);
+    ahead.advance(count);
     for (std::size_t first = 0; first < dim; first += kGroup) {
       const std::size_t width = std::min(kGroup, dim - first);
       T* __restrict__ group = reinterpret_cast<T*>(block) + first * tokens + t / P * width * P;
@@ -146,11 +178,11 @@ void move_v(std::byte* block, std::size_t dim, std::size_t tokens, std::size_t o
   }
 }
 
-// One head of a run, and what is moved after it: the halves of its block, its K and V rows.
+// One head of a run, and what is moved after the run.
 struct Head {
   std::byte* block;
   std::size_t offset, n;
-  Next next_k, next_v;
+  Ahead& ahead;
 };
 
 // Copies past the caches: nobody reads it soon, and memory need not be read before it is written.
@@ -176,11 +208,9 @@ template <typename T, std::size_t P, typename Word, typename Rows>
 void stream_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
   alignas(kLine) std::byte half[kRunTokens * kMaxDim * sizeof(T)];
   const std::size_t dim = g.head_dim, n = head.n;
-  Next rows_k = head.next_k, rows_v = head.next_v;
-  rows_k.block_bytes = rows_v.block_bytes = 0;
-  move_k<Word, true>(half, dim / P, n, 0, n, k, rows_k);
+  move_k<Word, true>(half, dim / P, n, 0, n, k, head.ahead);
   stream(head.block + head.offset * dim * sizeof(T), half, n * dim * sizeof(T));
-  move_v<T, P, true>(half, dim, n, 0, n, v, rows_v);
+  move_v<T, P, true>(half, dim, n, 0, n, v, head.ahead);
   std::byte* block = head.block + dim * g.page_tokens * sizeof(T);
   for (std::size_t first = 0; first < dim; first += kGroup) {
     const std::size_t width = std::min(kGroup, dim - first);
@@ -195,9 +225,9 @@ void move_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
   const std::size_t group = std::min<std::size_t>(kGroup, g.page_tokens - head.offset);
   if (kIn && head.offset % kGroup == 0 && head.n == group)
     return stream_head<T, P, Word>(head, g, k, v);
-  move_k<Word, kIn>(head.block, g.head_dim / P, g.page_tokens, head.offset, head.n, k, head.next_k);
+  move_k<Word, kIn>(head.block, g.head_dim / P, g.page_tokens, head.offset, head.n, k, head.ahead);
   std::byte* v_block = head.block + std::size_t{g.head_dim} * g.page_tokens * sizeof(T);
-  move_v<T, P, kIn>(v_block, g.head_dim, g.page_tokens, head.offset, head.n, v, head.next_v);
+  move_v<T, P, kIn>(v_block, g.head_dim, g.page_tokens, head.offset, head.n, v, head.ahead);
 }
 
 // The step between two int8 values: 127 of them reach the row's largest magnitude. 0 for a row of
@@ -273,19 +303,10 @@ void move_run(const KvPages& pages, const KvToken* run, std::size_t n, const KvT
   const shm::Geometry& g = pages.geometry();
   const bool int8 = g.kv_dtype == shm::kInt8;
   const std::size_t row_bytes = std::size_t{g.head_dim} * shm::dtype_bytes(g.dtype);
-  const std::size_t half = std::size_t{g.head_dim} * g.page_tokens * shm::dtype_bytes(g.kv_dtype);
+  Ahead ahead(pages, next, next_n, !kIn, 2 * n * g.kv_heads);
   for (std::uint32_t h = 0; h < g.kv_heads; ++h) {
-    Head head{pages.block(run->layer, run->page, h), run->offset, n, {}, {}};
-    const std::size_t at = h * row_bytes;
-    HeadRows k{run, &KvToken::k, at}, v{run, &KvToken::v, at};
-    const bool last = h + 1 == g.kv_heads;
-    if (const KvToken* then = last ? next : run; then != nullptr) {
-      const std::size_t then_at = last ? 0 : at + row_bytes;
-      const std::size_t then_n = last ? next_n : n;
-      const std::byte* block = pages.block(then->layer, then->page, last ? 0 : h + 1);
-      head.next_k = {block, half, then, &KvToken::k, then_at, row_bytes, then_n};
-      head.next_v = {block + half, half, then, &KvToken::v, then_at, row_bytes, then_n};
-    }
+    Head head{pages.block(run->layer, run->page, h), run->offset, n, ahead};
+    HeadRows k{run, &KvToken::k, h * row_bytes}, v{run, &KvToken::v, h * row_bytes};
     switch (g.dtype) {
       case shm::kBfloat16:
         if (int8) move_int8<kIn, Bf16>(head, g, k, v);
@@ -321,13 +342,6 @@ void KvPages::read_run(const KvToken* run, std::size_t n, const KvToken* next,
   move_run<false>(*this, run, n, next, next_n);
 }
 
-// Brings near what move_run takes first; it fetches the rest itself.
-void KvPages::fetch_first(const KvToken* run, std::size_t n) const {
-  const std::size_t row_bytes = std::size_t{g_.head_dim} * shm::dtype_bytes(g_.dtype);
-  Next{nullptr, 0, run, &KvToken::k, 0, row_bytes, n}.fetch(0, n, n);
-  Next{nullptr, 0, run, &KvToken::v, 0, row_bytes, n}.fetch(0, n, n);
-}
-
 void KvPages::for_runs(const std::vector<KvToken>& tokens, ThreadPool& threads, Run run) const {
   const std::size_t shares = kSharesPerThread * threads.threads();
   const std::size_t share =
@@ -342,7 +356,7 @@ void KvPages::for_runs(const std::vector<KvToken>& tokens, ThreadPool& threads, 
         return n;
       };
       std::size_t n = length(at);
-      fetch_first(&tokens[at], n);
+      Ahead(*this, &tokens[at], n, run == &KvPages::read_run, 1).advance(1);
       for (std::size_t begin = at; begin < end;) {
         const std::size_t then = begin + n;
         const std::size_t then_n = length(then);

@@ -29,6 +29,10 @@ class KvPages {
 
   const shm::Geometry& geometry() const { return g_; }
   std::size_t page_stride() const { return block_bytes_ * g_.kv_heads; }
+  // Of K, or V, of a token outside of pages.
+  std::size_t row_bytes() const {
+    return std::size_t{g_.kv_heads} * g_.head_dim * shm::dtype_bytes(g_.dtype);
+  }
 
   std::byte* block(std::uint32_t layer, std::uint32_t page, std::uint32_t kv_head) const {
     const std::size_t index = (std::size_t{layer} * g_.pages + page) * g_.kv_heads + kv_head;
@@ -46,7 +50,6 @@ class KvPages {
  private:
   using Run = void (KvPages::*)(const KvToken*, std::size_t, const KvToken*, std::size_t) const;
   void for_runs(const std::vector<KvToken>& tokens, ThreadPool& threads, Run run) const;
-  void fetch_first(const KvToken* run, std::size_t n) const;
   // A run: tokens of one layer and page whose offsets follow one another. The `next` one is only
   // fetched; none if nullptr.
   void write_run(const KvToken* run, std::size_t n, const KvToken* next, std::size_t next_n) const;
