@@ -86,7 +86,9 @@ void use_kernel(const std::string& name) {
     chosen().store(&candidate, std::memory_order_relaxed);
     return;
   }
-  throw std::invalid_argument("no kernel " + name + " on this CPU");
+  std::string message = "no kernel " + name + " on this CPU, which runs:";
+  for (const std::string& known : kernel_names()) message += " " + known;
+  throw std::invalid_argument(message);
 }
 
 }  // namespace omniserve

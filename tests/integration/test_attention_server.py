@@ -28,6 +28,7 @@ from omniserve.attnkernel import (
     STATUS_FREED,
     STATUS_NO_PAGE,
     STATUS_OK,
+    kernel_names,
 )
 from omniserve.cpuattn.topology import numa_nodes
 from omniserve.errors import (
@@ -287,6 +288,16 @@ def test_an_unusable_setting_is_named(shm_dir: Path) -> None:
     ended = run_server(shm_dir, "--threads", "0")
     assert ended.returncode == 2
     assert ended.stderr.startswith("cpuattn: SETTINGS: threads: ")
+
+
+def test_the_kernel_can_be_chosen_among_those_that_run_here(shm_dir: Path) -> None:
+    ended = run_server(shm_dir, "--kernel", "z80")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("cpuattn: SETTINGS: kernel: no kernel z80")
+    assert kernel_names()[-1] in ended.stderr
+    server = ServerProcess(shm_dir, "--kernel", kernel_names()[-1])
+    assert f"{kernel_names()[-1]} kernel" in server.log.read_text()
+    server.close()
 
 
 def _send_tokens(

@@ -144,7 +144,9 @@ def test_a_port_in_use_ends_the_start_with_its_address(tmp_path: Path) -> None:
     assert lines[-1].startswith(f"omniserve-gpuworker: ADDRESS_IN_USE: cannot listen on {address}")
 
 
-@pytest.mark.parametrize("flag", ["--no-such-flag=1", "--threads=0", "--dtype=float16"])
+@pytest.mark.parametrize(
+    "flag", ["--no-such-flag=1", "--threads=0", "--dtype=float16", "--kernel=z80"]
+)
 def test_a_bad_flag_ends_the_start_with_status_two(flag: str) -> None:
     status, lines = start(flag)
     assert status == 2

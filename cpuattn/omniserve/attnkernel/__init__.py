@@ -27,6 +27,8 @@ from omniserve.attnkernel._core import (
     Threads,
     WorkerLink,
     kernel_name,
+    kernel_names,
+    use_kernel,
 )
 
 __all__ = [
@@ -51,4 +53,6 @@ __all__ = [
     "Threads",
     "WorkerLink",
     "kernel_name",
+    "kernel_names",
+    "use_kernel",
 ]

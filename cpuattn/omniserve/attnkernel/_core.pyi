@@ -74,7 +74,7 @@ def kernel_names() -> list[str]:
     """Those that run on this CPU, the fastest first."""
 
 def use_kernel(name: str) -> None:
-    """Replaces the kernel in this process, for tests and comparisons."""
+    """Replaces the kernels in this process. ValueError names those that run on this CPU."""
 
 class Threads:
     """`count` threads with the caller, who calls one object at a time that they work for.

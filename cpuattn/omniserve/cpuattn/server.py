@@ -10,12 +10,13 @@ from concurrent import futures
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from omniserve.attnkernel import kernel_name
+from omniserve.attnkernel import kernel_name, use_kernel
 from omniserve.attnkernel._core import ServerLoop
 from omniserve.cpuattn.arena import Arena
 from omniserve.cpuattn.service import AttentionService
 from omniserve.cpuattn.settings import CpuAttnSettings
 from omniserve.cpuattn.topology import Cores, choose_cores
+from omniserve.errors import SettingsError
 from omniserve.internal.v1 import attention_pb2, attention_pb2_grpc
 from omniserve.rpc import SERVER_OPTIONS, add_reflection, bind
 
@@ -30,6 +31,11 @@ def serve(settings: CpuAttnSettings) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
+    if settings.kernel != "auto":
+        try:
+            use_kernel(settings.kernel)
+        except ValueError as error:
+            raise SettingsError(f"kernel: {error}", field="kernel") from error
     cores = choose_cores(settings)
     server = grpc.server(futures.ThreadPoolExecutor(max_workers=4), options=SERVER_OPTIONS)
     # The port first: it is the cheapest thing to find taken.

@@ -39,6 +39,11 @@ class CpuAttnSettings(BaseSettings):
         description="shared: no spinning, low priority. exclusive: one pinned core per thread, all "
         "on one NUMA node, that no other server of the host has; spins before it sleeps.",
     )
+    kernel: str = Field(
+        "auto",
+        description="Instruction set of the kernel, such as x86-64-v3: auto is the best that this "
+        "CPU has; a name that it does not have is refused with those that it has.",
+    )
     nice: int = Field(
         10, ge=0, le=19, description="Priority of the threads on shared cores, as in nice(1)."
     )

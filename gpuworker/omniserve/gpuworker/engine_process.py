@@ -15,7 +15,7 @@ import torch
 
 from omniserve import attnkernel
 from omniserve.attnkernel import Bell
-from omniserve.errors import OmniServeError
+from omniserve.errors import OmniServeError, SettingsError
 from omniserve.gpuworker import latency_cache, profiler
 from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.device.cpu import CpuDevice
@@ -49,6 +49,11 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
 
 
 def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engine:
+    if settings.kernel != "auto":
+        try:
+            attnkernel.use_kernel(settings.kernel)
+        except ValueError as error:
+            raise SettingsError(f"kernel: {error}", field="kernel") from error
     model = open_model(settings.model_path)
     config = model.config
     if settings.context_tokens_max:

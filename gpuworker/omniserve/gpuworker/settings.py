@@ -61,6 +61,11 @@ class WorkerSettings(BaseSettings):
     )
     device: Literal["cpu"] = Field("cpu", description="Device back end.")
     threads: int = Field(2, ge=1, description="Threads of the cpu back end.")
+    kernel: str = Field(
+        "auto",
+        description="Instruction set of the cpu back end's kernels, such as x86-64-v3: auto is the "
+        "best that this CPU has; a name that it does not have is refused with those that it has.",
+    )
 
     page_tokens: int = Field(32, description="Tokens of one KV page: 16, 32, 48 or 64.")
     device_kv_tokens: int = Field(16384, ge=64, description="Size of the device KV, in tokens.")

@@ -1,0 +1,71 @@
+// The order in which the kernel reads a unit's pages. Part of kernel_impl.h, compiled with it.
+#pragma once
+
+#include "kernel.h"
+
+namespace omniserve::OMNISERVE_KERNEL_ISA {
+namespace {
+
+constexpr std::uint32_t kMaxTilePages = 4;
+
+// One kv head's blocks of a tile's pages.
+struct Blocks {
+  const std::byte* at[kMaxTilePages];
+
+  INLINE Blocks next_head(std::size_t head_stride) const {
+    Blocks next = *this;
+    for (const std::byte*& block : next.at) block += head_stride;
+    return next;
+  }
+};
+
+// The pages of up to kTileTokens tokens. Behind the last one its block is repeated.
+struct Tile {
+  std::uint32_t start;  // its first token
+  std::uint32_t pages;
+  Blocks first_head;
+};
+
+// How far ahead of a read memory is fetched: far enough for its latency, and little enough to be
+// still in the first-level cache when its turn comes.
+constexpr std::size_t kFetchAhead = 8192;
+
+// What is kFetchAhead bytes behind `at` in the order of reading; a block is `size` bytes.
+INLINE const std::byte* ahead_of(const Blocks& blocks, const Blocks& ahead, std::uint32_t page,
+                                 std::size_t at, std::size_t size) {
+  const std::size_t to = at + kFetchAhead;
+  if (to < size) return blocks.at[page] + to;
+  return ahead.at[page] + (to - size < size ? to - size : at);
+}
+
+// A unit's position in its tiles. All of its chunks begin at tile boundaries.
+struct Cursor {
+  const AttendUnit* unit;
+  std::uint32_t tile_pages;
+  std::uint32_t page;
+  std::uint32_t end_page;
+
+  explicit INLINE Cursor(const AttendUnit& u) : unit(&u) {
+    tile_pages = kTileTokens / u.page_tokens;
+    const std::uint32_t chunk_pages = chunk_tokens(u.page_tokens) / u.page_tokens;
+    const std::uint32_t tokens =
+        u.first_position + (u.first_query + u.queries - 1) / u.group + 1;
+    const std::uint32_t pages = (tokens + u.page_tokens - 1) / u.page_tokens;
+    page = u.first_chunk * chunk_pages;
+    end_page = (u.last_chunk + 1) * chunk_pages < pages ? (u.last_chunk + 1) * chunk_pages : pages;
+  }
+  INLINE bool done() const { return page >= end_page; }
+  INLINE Tile tile() const {
+    Tile t{page * unit->page_tokens, end_page - page, {}};
+    if (t.pages > tile_pages) t.pages = tile_pages;
+    for (std::uint32_t i = 0; i < kMaxTilePages; ++i)
+      t.first_head.at[i] =
+          i < t.pages ? unit->kv + unit->table[page + i] * unit->page_stride
+                      : t.first_head.at[t.pages - 1];
+    return t;
+  }
+  INLINE void advance() { page += tile_pages; }
+};
+
+}  // namespace
+}  // namespace omniserve::OMNISERVE_KERNEL_ISA
