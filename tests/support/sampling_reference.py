@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers.generation import logits_process as hf
@@ -35,10 +36,14 @@ def probabilities(
 
 
 def next_token(
-    logits: torch.Tensor, prompt: Sequence[int], output: Sequence[int], params: SamplingParams
+    logits: torch.Tensor,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    params: SamplingParams,
+    shift: float = 0.0,
 ) -> int:
-    """The first token whose cumulative probability is over the draw."""
-    draw = uniform(params.seed, len(prompt) + len(output))
+    """The first token whose cumulative probability is over the draw, moved by `shift`."""
+    draw = uniform(params.seed, len(prompt) + len(output)) + shift
     cumulative = 0.0
     expected = probabilities(logits, prompt, output, params)
     for token, probability in enumerate(expected.tolist()):
@@ -46,3 +51,29 @@ def next_token(
         if cumulative > draw:
             return token
     return int(expected.nonzero()[-1])
+
+
+def nearly_tied(
+    logits: torch.Tensor,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    params: SamplingParams,
+    slack: float,
+) -> set[int]:
+    """Tokens that logits, draws or cuts would yield that differ by `slack` at most."""
+    if params.temperature == 0:
+        best = next_token(logits, prompt, output, params)
+        lower = logits.clone()
+        lower[best] -= slack
+        return {best, next_token(lower, prompt, output, params)}
+    return {
+        next_token(
+            logits,
+            prompt,
+            output,
+            replace(params, top_p=params.top_p * cut, min_p=params.min_p * cut),
+            shift,
+        )
+        for shift in (-slack, 0.0, slack)
+        for cut in (1 - slack, 1.0, 1 + slack)
+    }
