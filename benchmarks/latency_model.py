@@ -11,7 +11,7 @@ is recorded before it is launched; accuracy is 1 - |predicted - measured| / meas
 The last line is one JSON object: `mean` and `p10` (exceeded by 90 %) over the iterations of the
 mixed run, `by_regime` (the same with `iterations`), `noise_floor` (`mean`, `p10`, over the repeated
 batches), `of_floor` (both over the floor's), `decision_share` (of the time of the iterations, what
-decisions and moves took), and `cut_short`: iterations from which BE left on the way, whose
+decisions took), and `cut_short`: iterations from which BE left on the way, whose
 prediction was of another plan; they are in no accuracy.
 """
 

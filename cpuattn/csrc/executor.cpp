@@ -155,14 +155,18 @@ std::uint32_t Executor::append(const Message& m) {
 bool Executor::add_tokens(const Message& m) {
   const std::uint32_t page_tokens = segment_.geometry().page_tokens;
   const std::size_t before = tokens_.size();
-  for (std::uint32_t i = 0; i < m.count; ++i) {
-    const std::uint32_t position = m.position + i;
-    const std::int32_t page = pool_.page_for(m.sequence, position);
+  std::uint32_t offset = m.position % page_tokens;
+  std::int32_t page = pool_.page_for(m.sequence, m.position);
+  for (std::uint32_t i = 0; i < m.count; ++i, ++offset) {
+    if (offset == page_tokens) {
+      offset = 0;
+      page = pool_.page_for(m.sequence, m.position + i);
+    }
     if (page < 0) {
       tokens_.resize(before);
       return false;
     }
-    tokens_.push_back({m.layer, static_cast<std::uint32_t>(page), position % page_tokens,
+    tokens_.push_back({m.layer, static_cast<std::uint32_t>(page), offset,
                        segment_.transfer_k(m.slot, i), segment_.transfer_v(m.slot, i)});
   }
   return true;

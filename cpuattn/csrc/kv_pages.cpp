@@ -154,7 +154,8 @@ void move_v(std::byte* block, std::size_t dim, std::size_t tokens, std::size_t o
       const auto row = [&](std::size_t i) {
         return reinterpret_cast<T*>(rows[t - offset + i]) + first;
       };
-      if (P == 2 && count == 2) {  // a form that compilers vectorise
+      // Whole groups in a form that compilers vectorise.
+      if (P == 2 && count == 2) {
         T* __restrict__ a = row(0);
         T* __restrict__ b = row(1);
         for (std::size_t d = 0; d < width; ++d)
@@ -164,6 +165,23 @@ void move_v(std::byte* block, std::size_t dim, std::size_t tokens, std::size_t o
           } else {
             a[d] = group[2 * d];
             b[d] = group[2 * d + 1];
+          }
+        continue;
+      }
+      if (P == 4 && count == 4) {
+        T *__restrict__ a = row(0), *__restrict__ b = row(1);
+        T *__restrict__ c = row(2), *__restrict__ e = row(3);
+        for (std::size_t d = 0; d < width; ++d)
+          if constexpr (kIn) {
+            group[4 * d] = a[d];
+            group[4 * d + 1] = b[d];
+            group[4 * d + 2] = c[d];
+            group[4 * d + 3] = e[d];
+          } else {
+            a[d] = group[4 * d];
+            b[d] = group[4 * d + 1];
+            c[d] = group[4 * d + 2];
+            e[d] = group[4 * d + 3];
           }
         continue;
       }

@@ -64,6 +64,8 @@ class Engine:
         self._stages = StageRunner(device, self._parking, self._lifecycle.servers)
         self._be_cohort: Cohort | None = None
         self._log = IterationLog(settings.iteration_log)
+        self._moves_ns = 0
+        """How long the last decision on moves took."""
         self._idle = False
         self._rung = bell.value()
         self._look_again = False
@@ -74,13 +76,12 @@ class Engine:
             seen = self._bell.value()
             self._inbox.drain()
             self._lifecycle.take_answers()
-            began = self._clock_ns()
             gave_back = self._move()
             now = self._clock_ns()
             # Memory came free for LS: nothing else starts before it is decided who gets it.
             plan = None if gave_back else self._policy.plan(self._state, self._model, now)
             if plan is not None:
-                self._log.begin(plan, now, self._clock_ns() - began)
+                self._log.begin(plan, now, self._moves_ns + self._clock_ns() - now)
                 self._run_pass(plan, now)
             self._publish(now)
             if plan is None and not gave_back:
@@ -208,7 +209,9 @@ class Engine:
         """
         life, state = self._lifecycle, self._state
         state.blocks_free = life.blocks.free
+        began = self._clock_ns()
         moves = self._policy.moves(state, life)
+        self._moves_ns = self._clock_ns() - began
         life.carry_out(moves)
         life.move_at_random()
         life.transfer()

@@ -41,8 +41,8 @@ class IterationLog:
     def begin(self, plan: Plan, decided_ns: int, decision_ns: int) -> None:
         """Records what `plan` is predicted to take, before it runs.
 
-        `decided_ns` is when, on the engine's clock; `decision_ns` is how long the decision and
-        its moves took.
+        `decided_ns` is when, on the engine's clock; `decision_ns` is how long the decisions on
+        moves and plan took.
         """
         if self._path:
             self._ring[self._count % _ITERATIONS] = (
