@@ -176,7 +176,7 @@ class World:
             k, v = self.k[sequence], self.v[sequence]
             return to_double(k).reshape(shape), to_double(v).reshape(shape)
         return tuple(  # type: ignore[return-value]
-            np.stack([quantised(head) for head in to_double(x).reshape(-1, case.dim)]).reshape(
+            np.array([quantised(head) for head in to_double(x).reshape(-1, case.dim)]).reshape(
                 shape
             )
             for x in (self.k[sequence], self.v[sequence])
