@@ -51,9 +51,13 @@ def main() -> int:
     )
     machine = Machine(limits.read_bytes_per_s(THREADS), limits.gemm_flops(THREADS))
     runs = Runs(options.runs, options.runs_max, machine)
-    saturation = options.saturation or saturation_per_s(load, runs)
-    if saturation is not None:
-        rate = options.rate or LOAD * saturation
+    saturation = options.saturation
+    if saturation is None and options.rate is None:
+        saturation = saturation_per_s(load, runs)
+    rate = options.rate
+    if rate is None and saturation is not None:
+        rate = LOAD * saturation
+    if rate is not None:
         seeds = range(load.seeds(rate, options.requests))
         _make_runs(load, rate, seeds, runs, options.policies, machine)
     report = coserve_report.pooled(runs.done, load)
@@ -80,7 +84,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--sequences", type=int, default=256, help="BE requests in flight")
     parser.add_argument("--saturation", type=float, help="LS requests a second; skips bisection")
-    parser.add_argument("--rate", type=float, help="LS requests a second; skips 70 %% of it")
+    parser.add_argument("--rate", type=float, help="LS requests a second; skips both")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
     return parser.parse_args()
 

@@ -18,9 +18,8 @@ constexpr std::size_t kGroup = shm::kGroupLanes;
 constexpr std::size_t kRunTokens = kGroup;
 constexpr std::size_t kMaxDim = 256;
 constexpr std::size_t kLine = shm::kLine;
-// What is worth waking another thread for, and how often each then takes a share.
+// What is worth waking another thread for.
 constexpr std::size_t kSharedBytes = 32 << 10;
-constexpr std::size_t kSharesPerThread = 1;
 
 // Rows of one head: pointer i belongs to token `offset + i` of the page.
 struct HeadRows {
@@ -62,7 +61,7 @@ class Ahead {
   void advance(std::size_t steps) {
     step_ += steps;
     for (const std::size_t target = lines_ * step_ / steps_; fetched_ < target; ++fetched_) {
-      if (left_ == 0) next();
+      while (left_ == 0) next();  // a row may be shorter than a line
       __builtin_prefetch(at_);
       at_ += kLine;
       --left_;
@@ -361,9 +360,9 @@ void KvPages::read_run(const KvToken* run, std::size_t n, const KvToken* next,
 }
 
 void KvPages::for_runs(const std::vector<KvToken>& tokens, ThreadPool& threads, Run run) const {
-  const std::size_t shares = kSharesPerThread * threads.threads();
+  // One share a thread: only within a share the next run is fetched ahead.
   const std::size_t share =
-      std::max(kRunTokens, tokens.size() / shares / kRunTokens * kRunTokens);
+      std::max(kRunTokens, tokens.size() / threads.threads() / kRunTokens * kRunTokens);
   std::atomic<std::size_t> next{0};
   const auto work = [&] {
     for (std::size_t at; (at = next.fetch_add(share)) < tokens.size();) {
