@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -229,15 +230,20 @@ class WorkerStack:
         return bool(self.stub.Cancel(request).cancelled)
 
     def status(self) -> status_pb2.WorkerStatus:
-        request = worker_pb2.GetWorkerStatusRequest()
-        answer: worker_pb2.GetWorkerStatusResponse = self.stub.GetWorkerStatus(request)
-        return answer.status
+        """Figures taken after the call: published ones are up to a tenth of a second old."""
+        asked_ns = time.monotonic_ns()
+
+        def newer() -> status_pb2.WorkerStatus | None:
+            request = worker_pb2.GetWorkerStatusRequest()
+            status = self.stub.GetWorkerStatus(request).status
+            return status if status.telemetry.taken_monotonic_ns >= asked_ns else None
+
+        return wait_for("newer figures", newer)
 
     def telemetry(self) -> status_pb2.Telemetry:
         return self.status().telemetry
 
     def wait_until(self, what: str, holds: Callable[[status_pb2.WorkerStatus], bool]) -> None:
-        """Waits for published figures, which lag by up to a few tenths of a second."""
         wait_for(what, lambda: holds(self.status()))
 
     def wait_until_idle(self) -> None:

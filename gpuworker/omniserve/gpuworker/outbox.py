@@ -57,7 +57,7 @@ class Outbox:
         self._flush()
         if now_ns >= self._next_telemetry_ns:
             self._next_telemetry_ns = now_ns + _TELEMETRY_PERIOD_NS
-            telemetry = snapshot(counters, state, model, parked, ring_waits)
+            telemetry = snapshot(counters, state, model, parked, ring_waits, now_ns)
             self._channel.send(engine_pb2.EngineEvent(telemetry=telemetry))
 
     def _flush(self) -> None:

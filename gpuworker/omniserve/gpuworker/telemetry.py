@@ -34,7 +34,12 @@ class Counters:
 
 
 def snapshot(
-    counters: Counters, state: EngineState, model: LatencyModel, parked: int, ring_waits: int
+    counters: Counters,
+    state: EngineState,
+    model: LatencyModel,
+    parked: int,
+    ring_waits: int,
+    now_ns: int,
 ) -> status_pb2.Telemetry:
     """Returns what the engine publishes about itself."""
     by_path = status_pb2.TokensByPath(
@@ -51,6 +56,7 @@ def snapshot(
     both = load + Load.prefill(0, chunk, last=True)
     both_ns = model.pass_ns(both) * model.factor(Regime.LS_PREFILL, both.rows)
     return status_pb2.Telemetry(
+        taken_monotonic_ns=now_ns,
         passes=counters.passes,
         ls_stages=counters.ls_stages,
         be_only_stages=counters.be_only_stages,
