@@ -101,10 +101,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while True:
                 await log.wait_beyond(offset)
-                tokens = log.tokens[offset:]
+                new = slice(offset, log.released)
+                tokens = log.tokens[new]
                 if tokens:
                     yield worker_pb2.WorkerServiceGenerateResponse(
-                        offset=offset, token_ids=tokens, logprobs=log.logprobs[offset:]
+                        offset=offset, token_ids=tokens, logprobs=log.logprobs[new]
                     )
                     offset += len(tokens)
                 if log.ended and offset >= len(log.tokens):
@@ -199,7 +200,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         if not self._ready.done():
             raise NoWorkerError("worker is starting", retry_after_s=1.0)
         self._check(request, self._ready.result())
-        log = self._logs[request.request_id] = RequestLog(request.request_id)
+        best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
+        interval_s = self._settings.be_stream_interval_s if best_effort else 0.0
+        log = self._logs[request.request_id] = RequestLog(request.request_id, interval_s)
         now_ns = time.monotonic_ns()  # as the engine's clock
         try:
             self._channel.send(engine_pb2.EngineCommand(submit=request, sent_ns=now_ns))
