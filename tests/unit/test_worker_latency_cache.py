@@ -29,11 +29,29 @@ class Measuring:
         return PROFILE
 
 
+def trusted(_profile: LatencyProfile) -> bool:
+    return False
+
+
 def test_only_the_first_start_measures(tmp_path: Path) -> None:
     measure = Measuring()
     for _ in range(3):
-        assert cached(tmp_path / "new folder", KEY, measure) == PROFILE
+        assert cached(tmp_path / "new folder", KEY, measure, trusted) == PROFILE
     assert measure.times == 1
+
+
+def test_a_profile_of_a_busier_host_is_measured_again(tmp_path: Path) -> None:
+    measure = Measuring()
+    cached(tmp_path, KEY, measure, trusted)
+    doubted: list[LatencyProfile] = []
+
+    def doubt(profile: LatencyProfile) -> bool:
+        doubted.append(profile)
+        return True
+
+    assert cached(tmp_path, KEY, measure, doubt) == PROFILE
+    assert doubted == [PROFILE]
+    assert measure.times == 2
 
 
 @pytest.mark.parametrize(
@@ -43,8 +61,8 @@ def test_another_kind_of_machine_measures_for_itself(
     tmp_path: Path, change: dict[str, object]
 ) -> None:
     measure = Measuring()
-    cached(tmp_path, KEY, measure)
-    cached(tmp_path, dataclasses.replace(KEY, **change), measure)  # type: ignore[arg-type]
+    cached(tmp_path, KEY, measure, trusted)
+    cached(tmp_path, dataclasses.replace(KEY, **change), measure, trusted)  # type: ignore[arg-type]
     assert measure.times == 2
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -57,7 +75,7 @@ def test_a_broken_file_is_measured_again_and_overwritten(
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     measure = Measuring()
     for _ in range(2):
-        assert cached(tmp_path, KEY, measure) == PROFILE
+        assert cached(tmp_path, KEY, measure, trusted) == PROFILE
     assert measure.times == 1
     assert [p.name for p in tmp_path.iterdir()] == [KEY.file_name]
 
@@ -65,9 +83,9 @@ def test_a_broken_file_is_measured_again_and_overwritten(
 def test_a_file_of_another_kind_under_this_name_is_overwritten(tmp_path: Path) -> None:
     measure = Measuring()
     other = dataclasses.replace(KEY, hardware="elsewhere")
-    cached(tmp_path, other, measure)
+    cached(tmp_path, other, measure, trusted)
     (tmp_path / other.file_name).rename(tmp_path / KEY.file_name)
-    cached(tmp_path, KEY, measure)
+    cached(tmp_path, KEY, measure, trusted)
     assert measure.times == 2
     assert json.loads((tmp_path / KEY.file_name).read_text())["key"]["hardware"] == "a cpu"
 
@@ -76,7 +94,7 @@ def test_a_folder_that_cannot_be_made_costs_only_the_measuring(tmp_path: Path) -
     occupied = tmp_path / "file"
     occupied.write_text("")
     measure = Measuring()
-    assert cached(occupied / "folder", KEY, measure) == PROFILE
+    assert cached(occupied / "folder", KEY, measure, trusted) == PROFILE
 
 
 def test_iterations_are_written_oldest_first(tmp_path: Path) -> None:

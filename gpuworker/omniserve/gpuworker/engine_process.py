@@ -114,6 +114,7 @@ def _profile(settings: WorkerSettings, device: CpuDevice, pages: int) -> Latency
         settings.latency_cache_dir,
         key,
         lambda: profiler.measure(device, key.hardware, settings.model, settings.page_tokens, pages),
+        lambda profile: profiler.was_disturbed(device, profile),
     )
 
 

@@ -41,14 +41,19 @@ class ProfileKey:
         return f"latency-{digest[:20]}.json"
 
 
-def cached(folder: Path, key: ProfileKey, measure: Callable[[], LatencyProfile]) -> LatencyProfile:
-    """Returns the profile of `key` from `folder`; if it is not there, measures and stores it.
+def cached(
+    folder: Path,
+    key: ProfileKey,
+    measure: Callable[[], LatencyProfile],
+    is_bad: Callable[[LatencyProfile], bool],
+) -> LatencyProfile:
+    """Returns the profile of `key` from `folder`; measures and stores it if there is no good one.
 
     A folder that cannot be written costs the next start its measuring, and nothing else.
     """
     path = folder / key.file_name
     profile = _read(path, key)
-    if profile is None:
+    if profile is None or is_bad(profile):
         profile = measure()
         try:
             _write(path, key, profile)

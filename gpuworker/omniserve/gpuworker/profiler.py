@@ -21,6 +21,9 @@ _SAMPLED_MAX = 128
 _TIME_S = 15.0
 _REPEATS = 5
 _CONTEXT = 256
+# A profile kept from an earlier start is doubted if one of these rows takes less than this part.
+_SPOT_ROWS = (1, 8, 64)
+_FASTER = 0.8
 _DECODE_ROWS = 8
 
 
@@ -41,11 +44,7 @@ def measure(
         stages = _Stages(device, rows)
         repeats = _REPEATS if rows <= 64 else 2
         first.append(_undisturbed_ns(stages.first, repeats))
-        # Other layers each time: a stage finds its weights in memory, not in a cache. A low
-        # percentile: other processes only ever add.
-        layers = range(device.config.layers - 1)
-        samples = [_undisturbed_ns(partial(stages.middle, layer), 1) for layer in layers]
-        middle.append(float(np.percentile(samples, 25)) if samples else first[-1])
+        middle.append(_middle_ns(device, stages) or first[-1])
         if rows <= _SAMPLED_MAX:
             last.append(_undisturbed_ns(stages.last, repeats))
         else:
@@ -66,6 +65,30 @@ def measure(
         attend_kv_token_ns=token_ns,
         attend_pair_ns=pair_ns,
     )
+
+
+def was_disturbed(device: CpuDevice, profile: LatencyProfile) -> bool:
+    """Whether stages run clearly faster now than `profile` says: its host was busy then.
+
+    Takes some tens of milliseconds. That the host is busier now is for the online correction.
+    """
+    for rows, known_ns in zip(profile.rows, profile.middle_stage_ns, strict=True):
+        if rows in _SPOT_ROWS:
+            now_ns = _middle_ns(device, _Stages(device, rows))
+            if 0 < now_ns < _FASTER * known_ns:
+                return True
+    return False
+
+
+def _middle_ns(device: CpuDevice, stages: _Stages) -> float:
+    """0 for a model of a single layer.
+
+    Other layers each time: a stage finds its weights in memory, not in a cache. A low percentile:
+    other processes only ever add.
+    """
+    layers = range(device.config.layers - 1)
+    samples = [_undisturbed_ns(partial(stages.middle, layer), 1) for layer in layers]
+    return float(np.percentile(samples, 25)) if samples else 0.0
 
 
 class _Stages:
