@@ -17,7 +17,7 @@ from support.engine_states import LAYERS, MS, PAGE_TOKENS, PROFILE, STAGES
 from omniserve.gpuworker import deadlines
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState, Limits
-from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.placement import Moves
 from omniserve.gpuworker.plan import Plan
@@ -328,7 +328,10 @@ class Simulation:
 
     def _observe(self) -> None:
         self.state.parked = self.lot.by_stage()
-        self.state.be_cohort_stage = self._cohort.stage if self._cohort else -1
+        stage = self._cohort.stage if self._cohort else -1
+        if stage != self.state.be_cohort_stage:
+            self.state.be_cohort_since_ns = self.now_ns
+        self.state.be_cohort_stage = stage
         self.state.be_cohort = load_of(self._cohort.chunks) if self._cohort else Load()
 
     def _wait(self) -> bool:
@@ -348,7 +351,12 @@ class Simulation:
 
     def _check_plan(self, plan: Plan) -> None:
         decoding = [r for r in self.state.ls_running if r.generated]
-        assert [c.request for c in plan.ls if c.request.generated] == decoding
+        if decoding and plan.regime is Regime.BE_STAGE:
+            slack = deadlines.budget_ns(self.state, self.model, self.now_ns)
+            assert not plan.ls
+            assert plan.predicted_ns <= slack, "a stream cannot wait for this stage"
+        else:
+            assert [c.request for c in plan.ls if c.request.generated] == decoding
         for chunk in [*plan.ls, *plan.be]:
             assert chunk.end <= len(chunk.request.blocks) * PAGE_TOKENS, "beyond its pages"
         if plan.ls:

@@ -119,10 +119,19 @@ def test_the_most_rows_within_a_budget_cost_no_more_than_it(
 
 @given(rows=st.integers(1, 600), part=st.floats(0.1, 1.0))
 def test_fewest_rows_for_a_rate_reach_it(rows: int, part: float) -> None:
-    stairs = LatencyModel(PROFILE, LAYERS).middle
-    fewest = stairs.rows_for_rate(rows, part)
+    model = LatencyModel(PROFILE, LAYERS)
+    stairs = model.middle
+    fewest = model.rows_for_rate(rows, part)
     assert 1 <= fewest <= rows
     assert fewest / stairs[fewest] >= part * rows / stairs[rows] * (1 - 1e-9)
+
+
+def test_stages_that_cost_more_than_their_rows_wait_for_more_of_them(model: LatencyModel) -> None:
+    before = model.rows_for_rate(256, 0.9)
+    for _ in range(100):
+        for rows in (1, 2, 4, 8, 16, 32, 64):
+            model.observe(Regime.BE_STAGE, rows, 1e6, 1e6 * (1 + 64 / rows))
+    assert model.rows_for_rate(256, 0.9) > before
 
 
 def test_a_profile_survives_json() -> None:

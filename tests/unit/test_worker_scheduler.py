@@ -21,7 +21,7 @@ from support.engine_states import (
 )
 
 from omniserve.gpuworker.boarding import PATIENCE_NS, pick_stage
-from omniserve.gpuworker.cohort import load_of
+from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.deadlines import Arrival, budget_ns, must_call_off, must_yield
 from omniserve.gpuworker.engine_state import EngineState, Limits
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
@@ -94,11 +94,19 @@ def state_with(*ls: Request, be: tuple[Request, ...] = ()) -> EngineState:
     return state
 
 
-@given(states())
-def test_every_running_stream_decodes_in_every_pass(state: EngineState) -> None:
-    plan = plan_for(state)
+@given(states(), models())
+def test_every_running_stream_decodes_in_every_pass_and_between_them_all_can_wait(
+    state: EngineState, latency: LatencyModel
+) -> None:
+    plan = plan_for(state, latency)
     decoding = [r for r in state.ls_running if r.generated > 0]
     assert plan is not None or not decoding
+    if plan is not None and plan.regime is Regime.BE_STAGE and decoding:
+        assert not plan.ls
+        alone = latency.pass_ns(load_of([Chunk(r, r.computed, 1) for r in decoding]))
+        alone *= latency.factor(Regime.LS_DECODE, len(decoding))
+        assert plan.predicted_ns + alone <= budget_ns(state, latency, NOW_NS) * (1 + 1e-9)
+        return
     planned = {c.request.request_id: c for c in plan.ls} if plan else {}
     for running in decoding:
         chunk = planned[running.request_id]
@@ -404,3 +412,58 @@ def test_alone_best_effort_boards_everything_that_waits(rows: int) -> None:
     plan = plan_for(state)
     assert plan is not None
     assert (plan.stages, plan.allowance(2)) == (range(2, 3), rows)
+
+
+def state_with_gathered(*ls: Request, rows: int = 64, stage: int = 2) -> EngineState:
+    """`rows` parked rows that are all ready at `stage`."""
+    state = state_with(*ls)
+    names = range(rows)
+    state.be_host.extend(request(f"h{i}", Place.HOST, prompt=5, generated=1) for i in names)
+    ready = np.zeros(STAGES, np.int64)
+    ready[stage] = rows
+    state.parked = StageCounts(ready, np.zeros(STAGES, np.int64), np.where(ready, 0, NOW_NS))
+    return state
+
+
+def test_while_streams_can_wait_a_full_stage_of_parked_rows_goes_before_their_pass() -> None:
+    plan = plan_for(state_with_gathered(stream(slack_ms=95)))
+    assert plan is not None
+    assert (plan.regime, plan.stages, plan.ls) == (Regime.BE_STAGE, range(2, 3), ())
+
+
+@pytest.mark.parametrize("slack_ms", [49, 20, 0])
+def test_a_stream_that_has_waited_half_of_its_tpot_waits_no_more(slack_ms: int) -> None:
+    plan = plan_for(state_with_gathered(stream(slack_ms=slack_ms)))
+    assert plan is not None
+    assert [c.request.request_id for c in plan.ls] == ["stream"]
+
+
+def test_a_prompt_waits_for_no_stage_of_parked_rows() -> None:
+    prompt = request(
+        "prompt",
+        Place.PREFILLING,
+        prompt=40,
+        latency_sensitive=True,
+        arrival_ns=NOW_NS,
+        ttft_slo_ns=1000 * MS,
+        tpot_slo_ns=100 * MS,
+    )
+    plan = plan_for(state_with_gathered(stream(slack_ms=95), prompt))
+    assert plan is not None
+    assert {c.request.request_id for c in plan.ls} == {"stream", "prompt"}
+
+
+@pytest.mark.parametrize(("cohort_stage", "joins"), [(2, True), (3, False)])
+def test_rows_that_decode_on_the_device_join_the_parked_rows_of_their_stage(
+    cohort_stage: int, joins: bool
+) -> None:
+    state = state_with_gathered()
+    resident = request("resident", Place.DEVICE, prompt=20, generated=2, server=0)
+    state.be_device.append(resident)
+    state.be_cohort_stage, state.be_cohort = cohort_stage, load_of([Chunk(resident, 21, 1)])
+    state.be_cohort_since_ns = NOW_NS
+    plan = plan_for(state)
+    assert plan is not None
+    assert plan.stages == range(2, 3)
+    assert plan.be_until == (3 if joins else 0)
+    assert plan.rows == (65 if joins else 64)

@@ -89,10 +89,9 @@ def pick_stage(parked: StageCounts, model: LatencyModel, now_ns: int) -> int | N
     """
     ready = parked.ready
     waited = now_ns - parked.oldest_ready_ns > PATIENCE_NS
-    rows = int(ready.sum() + parked.away.sum())
-    full = -(-rows // _COHORTS)
+    rows = parked.rows
     occupied = np.flatnonzero(ready + parked.away)
-    good = ready >= model.middle.rows_for_rate(full, _GOOD_RATE) if full else waited
+    good = ready >= good_rows(parked, model) if rows else waited
     runnable = np.flatnonzero((ready > 0) & ((parked.away == 0) | waited | good))
     if not len(runnable):
         return None
@@ -103,6 +102,11 @@ def pick_stage(parked: StageCounts, model: LatencyModel, now_ns: int) -> int | N
     following = np.append(occupied[1:], occupied[0] + len(ready))
     distance = (following - occupied)[np.searchsorted(occupied, runnable)]
     return int(runnable[distance.argmin()])
+
+
+def good_rows(parked: StageCounts, model: LatencyModel) -> int:
+    """Rows of a stage that wait for no more: nearly the rate of all rows in two cohorts."""
+    return model.rows_for_rate(-(-parked.rows // _COHORTS), _GOOD_RATE)
 
 
 def _cost(stairs: Sequence[Staircase], fixed: Sequence[int], rows: Sequence[int]) -> float:

@@ -15,6 +15,9 @@ from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.plan import Plan
 from omniserve.gpuworker.requests import Request
 
+# Streams need not be faster than this part of their TPOT while BE rows could run in between. The
+# rest is time in hand for when a burst of prompts takes more than its turn.
+_PACE = 0.5
 # BE work in flight may take this part of what a newcomer can spare: others may follow it.
 _NEWCOMER_SHARE = 0.1
 
@@ -84,6 +87,15 @@ def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
         spare = request.next_deadline_ns(aim) - now_ns - prefill_ns
         slack = min(slack, spare, request.tpot_slo_ns * aim)
     return slack
+
+
+def pause_ns(state: EngineState, now_ns: int) -> float:
+    """How long the decode rows of all streams may wait; nothing while a prompt does."""
+    if prompts(state, waiting=True):
+        return 0.0
+    aim = 1.0 - state.limits.safety_margin
+    paced = min(r.last_token_ns + _PACE * aim * r.tpot_slo_ns for r in state.ls_running)
+    return min(paced - now_ns, streams_slack_ns(state, aim, now_ns))
 
 
 def prompts(state: EngineState, *, waiting: bool = False) -> list[Request]:

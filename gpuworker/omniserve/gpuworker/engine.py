@@ -232,9 +232,12 @@ class Engine:
         self._observe_cohort()
 
     def _observe_cohort(self) -> None:
-        cohort = self._be_cohort
-        self._state.be_cohort_stage = cohort.stage if cohort is not None else -1
-        self._state.be_cohort = cohort.load if cohort is not None else Load()
+        cohort, state = self._be_cohort, self._state
+        stage = cohort.stage if cohort is not None else -1
+        if stage != state.be_cohort_stage:
+            state.be_cohort_since_ns = self._clock_ns()
+        state.be_cohort_stage = stage
+        state.be_cohort = cohort.load if cohort is not None else Load()
 
     def _publish(self, now_ns: int) -> None:
         waits = sum(server.link.ring_waits for server in self._lifecycle.servers)

@@ -42,6 +42,8 @@ class EngineState:
     """Those of `be_host` that are RESTORING."""
     be_cohort_stage: int = -1
     """Next stage of the BE cohort under way; -1 if there is none."""
+    be_cohort_since_ns: int = 0
+    """When the BE cohort under way came to its stage, or the last one ended."""
     be_cohort: Load = field(default_factory=Load)
     """Work of the BE cohort under way in a whole pass."""
     parked: StageCounts = field(default_factory=lambda: StageCounts.empty(0))

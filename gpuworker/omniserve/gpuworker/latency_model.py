@@ -34,7 +34,7 @@ class Regime(enum.IntEnum):
     BE_PASS = 4
     """Best-effort rows that attend on the device, without LS."""
     BE_STAGE = 5
-    """One stage of parked rows, without LS."""
+    """One stage of parked rows, perhaps with best-effort decode rows of the device; no LS."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,18 +104,6 @@ class Staircase:
                 high = middle
         return low
 
-    def rows_for_rate(self, rows: int, part: float) -> int:
-        """Fewest rows that reach `part` of the rows per second of a stage with `rows`."""
-        rate = part * rows / self[rows]
-        low, high = 0, rows
-        while high - low > 1:
-            middle = (low + high) // 2
-            if middle >= rate * self[middle]:
-                high = middle
-            else:
-                low = middle
-        return high
-
 
 class LatencyModel:
     """Cost of stages and passes, in ns, as a function of their load.
@@ -137,22 +125,43 @@ class LatencyModel:
         rows = load.rows + boarded_rows
         if rows == 0:
             return 0.0
-        profile = self.profile
-        attention = (
-            load.decode_rows * profile.attend_row_ns
-            + load.decode_kv_tokens * profile.attend_kv_token_ns
-            + load.prefill_kv_pairs * profile.attend_pair_ns
-        )
         return (
             self.first[rows]
             + (self.layers - 1) * self.middle[rows]
             + self.last[load.sampled + boarded_rows]
-            + self.layers * attention
+            + self.layers * self.attention_ns(load)
+        )
+
+    def attention_ns(self, load: Load) -> float:
+        """The device attention of one layer."""
+        profile = self.profile
+        return (
+            load.decode_rows * profile.attend_row_ns
+            + load.decode_kv_tokens * profile.attend_kv_token_ns
+            + load.prefill_kv_pairs * profile.attend_pair_ns
         )
 
     def stage_ns(self, stage: int, rows: int) -> float:
         """The dense part of one stage, uncorrected."""
         return self.staircase(stage)[rows]
+
+    def rows_for_rate(self, rows: int, part: float) -> int:
+        """Fewest rows that reach `part` of the rows per second of a stage of its own with `rows`.
+
+        As corrected: what a stage costs besides its dense work weighs more the fewer they are.
+        """
+        rate = part * rows / self._own_stage_ns(rows)
+        low, high = 0, rows
+        while high - low > 1:
+            middle = (low + high) // 2
+            if middle >= rate * self._own_stage_ns(middle):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _own_stage_ns(self, rows: int) -> float:
+        return self.middle[rows] * self.factor(Regime.BE_STAGE, rows)
 
     def staircase(self, stage: int) -> Staircase:
         if stage == 0:

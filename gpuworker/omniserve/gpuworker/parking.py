@@ -8,7 +8,7 @@ BE means not boarding it: a parked row loses nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,17 @@ class StageCounts:
     def empty(stages: int) -> StageCounts:
         none = np.zeros(stages, dtype=np.int64)
         return StageCounts(none, none, np.full(stages, _NEVER))
+
+    @property
+    def rows(self) -> int:
+        return int(self.ready.sum() + self.away.sum())
+
+    def with_ready(self, stage: int, rows: int, since_ns: int) -> StageCounts:
+        """As if `rows` more had been ready at `stage` since then."""
+        ready, oldest_ns = self.ready.copy(), self.oldest_ready_ns.copy()
+        ready[stage] += rows
+        oldest_ns[stage] = min(oldest_ns[stage], since_ns)
+        return replace(self, ready=ready, oldest_ready_ns=oldest_ns)
 
 
 class ParkingLot:

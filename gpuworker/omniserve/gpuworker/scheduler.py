@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from omniserve.gpuworker import boarding
+from omniserve.gpuworker import boarding, deadlines
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.deadlines import budget_ns, prompts, streams_slack_ns
 from omniserve.gpuworker.engine_state import EngineState
@@ -190,6 +190,28 @@ def ls_regime(ls: Sequence[Chunk]) -> Regime:
     return Regime.LS_DECODE if decode_only else Regime.LS_PREFILL
 
 
+def between_passes(
+    state: EngineState, model: LatencyModel, now_ns: int, ls: list[Chunk]
+) -> Plan | None:
+    """A stage of BE rows alone that runs well, while all LS streams can wait for their pass.
+
+    LS rows share their passes, and BE rows a stage, with more of their kind.
+    """
+    if not state.parked.rows:
+        return None
+    pause = deadlines.pause_ns(state, now_ns) - cost_ns(model, load_of(ls), Regime.LS_DECODE)
+    if pause <= 0 or state.parked.ready.max() < boarding.good_rows(state.parked, model):
+        return None
+    decodes = state.be_cohort.decode_rows == state.be_cohort.rows
+    if state.be_cohort_stage >= 0:
+        chunks, load = [], state.be_cohort if decodes else Load()
+    else:
+        chunks = be_chunks(state, model, Load(), float("inf"), 0, Regime.BE_STAGE)
+        load = load_of(chunks)
+    plan = _be_stage(state, model, now_ns, chunks, load)
+    return plan if plan is not None and plan.predicted_ns <= pause else None
+
+
 def best_effort_only(
     state: EngineState,
     model: LatencyModel,
@@ -198,7 +220,7 @@ def best_effort_only(
     *,
     boards: bool = True,
 ) -> Plan | None:
-    """With no LS row: the BE cohort's remaining stages, else a stage of parked rows."""
+    """With no LS row: a BE cohort's pass, or a stage of parked rows and rows that decode here."""
     stages = range(max(state.be_cohort_stage, 0), state.stages)
     if state.be_cohort_stage >= 0:
         chunks, load = [], state.be_cohort
@@ -209,35 +231,56 @@ def best_effort_only(
             most = min(most, max(state.limits.be_prefill_tokens, _CHUNK_MIN))
         chunks = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
         load = load_of(chunks)
+    if boards and state.be_host and load.rows == load.decode_rows:
+        return _be_stage(state, model, now_ns, chunks, load)
+    if not load.rows:
+        return None
     everything = (len(state.be_host) if boards else 0,) * state.stages
+    part = len(stages) / state.stages
+    factor = model.factor(Regime.BE_PASS, load.rows)
+    stage_ns = model.pass_ns(load) * factor / state.stages
+    rows = boarding.expected(state.parked, everything, stage_ns)
+    boarded_ns = _boarded_ns(model, load, rows[stages.start :], stages.start)
+    return Plan(
+        stages,
+        (),
+        tuple(chunks),
+        state.stages,
+        everything,
+        everything[0],
+        regime=Regime.BE_PASS,
+        rows=load.rows,
+        predicted_ns=(model.pass_ns(load) * part + boarded_ns) * factor,
+    )
+
+
+def _be_stage(
+    state: EngineState, model: LatencyModel, now_ns: int, chunks: Sequence[Chunk], load: Load
+) -> Plan | None:
+    """One stage of parked rows and of the BE decode rows with `load`, where they are at it too.
+
+    `chunks` are those of a cohort that would begin.
+    """
+    parked, cohort_stage = state.parked, max(state.be_cohort_stage, 0)
     if load.rows:
-        part = len(stages) / state.stages
-        factor = model.factor(Regime.BE_PASS, load.rows)
-        stage_ns = model.pass_ns(load) * factor / state.stages
-        rows = boarding.expected(state.parked, everything, stage_ns)
-        boarded_ns = _boarded_ns(model, load, rows[stages.start :], stages.start)
-        return Plan(
-            stages,
-            (),
-            tuple(chunks),
-            state.stages,
-            everything,
-            everything[0],
-            regime=Regime.BE_PASS,
-            rows=load.rows,
-            predicted_ns=(model.pass_ns(load) * part + boarded_ns) * factor,
-        )
-    stage = boarding.pick_stage(state.parked, model, now_ns) if boards else None
+        parked = parked.with_ready(cohort_stage, load.rows, state.be_cohort_since_ns)
+    stage = boarding.pick_stage(parked, model, now_ns)
     if stage is None:
         return None
-    ready = int(state.parked.ready[stage])
+    rows = int(parked.ready[stage])
+    joins = load.rows > 0 and stage == cohort_stage
+    attention_ns = model.attention_ns(load) if joins and stage < model.layers else 0.0
+    everything = (len(state.be_host),) * state.stages
     return Plan(
         range(stage, stage + 1),
+        be=tuple(chunks) if joins else (),
+        be_until=stage + 1 if joins else 0,
         allowances=everything,
         boarding_most=everything[0],
         regime=Regime.BE_STAGE,
-        rows=ready,
-        predicted_ns=model.stage_ns(stage, ready) * model.factor(Regime.BE_STAGE, ready),
+        rows=rows,
+        predicted_ns=(model.stage_ns(stage, rows) + attention_ns)
+        * model.factor(Regime.BE_STAGE, rows),
     )
 
 

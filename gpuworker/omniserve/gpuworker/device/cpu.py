@@ -18,7 +18,7 @@ from omniserve.gpuworker.model.weights import DecoderWeights
 
 _DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 # Between two native calls of a pass: a helper that sleeps meanwhile would come too late.
-_SPIN_US = 200
+_SPIN_US = 50
 
 
 class CpuDevice:

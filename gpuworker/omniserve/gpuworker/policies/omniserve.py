@@ -24,5 +24,6 @@ class OmniServe(Policy):
         most = self.options.prefill_tokens_max
         ls = scheduler.ls_chunks(state, model, now_ns, most)
         if ls:
-            return scheduler.beside_ls(state, model, now_ns, ls)
+            between = scheduler.between_passes(state, model, now_ns, ls)
+            return between or scheduler.beside_ls(state, model, now_ns, ls)
         return scheduler.best_effort_only(state, model, now_ns, most)
