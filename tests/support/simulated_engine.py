@@ -197,7 +197,7 @@ class Simulation:
             request.known += 1
             request.computed += 1
             self._mirrored[request] = request.computed
-            self.lot.next_token(row, 0, request.computed)
+            self.lot.next_tokens(np.array([row]), [0], [request.computed])
             self._end_if_finished(request)
 
     def _arrived(self, cohort: Cohort) -> None:

@@ -110,7 +110,7 @@ def test_a_row_whose_attention_is_away_boards_no_stage_until_it_is_answered() ->
     assert not lot.at_start(made.row)
     assert lot.away == 1
     assert all(len(lot.board(stage, ROWS)) == 0 for stage in range(STAGES))
-    assert lot.answered(0, sequences(0)) == [made.row]
+    assert lot.answered(0, sequences(0)).tolist() == [made.row]
     assert lot.away == 0
     assert lot.board(1, ROWS).tolist() == [made.row]
     assert not lot.at_start(made.row)
@@ -120,7 +120,7 @@ def test_answers_reach_the_rows_of_their_own_server() -> None:
     lot = lot_of(Clock())
     first, second = parked(lot, 2, server=0), parked(lot, 2, server=1)
     send(lot, 4, 1)
-    assert lot.answered(1, sequences(1, 0)) == [second[1].row, second[0].row]
+    assert lot.answered(1, sequences(1, 0)).tolist() == [second[1].row, second[0].row]
     assert all(lot.is_away(made.row) for made in first)
     assert not any(lot.is_away(made.row) for made in second)
 
@@ -178,7 +178,7 @@ def test_the_next_token_starts_over_at_stage_0_as_the_youngest() -> None:
     first, second = parked(lot, 2)
     lot.ls_stages[first.row] = 7
     assert lot.board(0, 1).tolist() == [first.row]
-    lot.next_token(first.row, token=42, position=6)
+    lot.next_tokens(np.array([first.row]), [42], [6])
     assert (lot.token[first.row], lot.position[first.row]) == (42, 6)
     assert lot.ls_stages[first.row] == 0
     assert lot.board(0, 1).tolist() == [second.row]
@@ -241,7 +241,7 @@ def test_a_queue_that_goes_round_keeps_its_order() -> None:
         boarded = lot.board(0, 2)
         assert boarded.tolist() == [requests[0].row, requests[1].row]
         for made in requests[:2]:
-            lot.next_token(made.row, token=1, position=6)
+            lot.next_tokens(np.array([made.row]), [1], [6])
         requests = [requests[2], *requests[:2]]
         lot.check_integrity()
 
@@ -306,7 +306,7 @@ class ParkingMachine(RuleBasedStateMachine):
             self.away |= dict.fromkeys(oldest, stage + 1)
             return
         for made in oldest:
-            self.lot.next_token(made.row, token=1, position=6)
+            self.lot.next_tokens(np.array([made.row]), [1], [6])
             self.ready[made] = (0, self.clock.now_ns)
 
     @precondition(lambda self: self.away)

@@ -24,7 +24,6 @@ from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import Rows
 from omniserve.gpuworker.plan import Plan
 from omniserve.gpuworker.policies import Policy
-from omniserve.gpuworker.requests import Request
 from omniserve.gpuworker.sampling import logprobs, sample
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.stages import StageRunner
@@ -169,17 +168,15 @@ class Engine:
     def _accept(self, cohorts: list[Cohort], boarded: Rows, logits: torch.Tensor) -> None:
         """Samples the rows of the last stage and hands each request its token."""
         fixed = [r for cohort in cohorts for r in cohort.sampled]
-        parked = [self._parking.requests[row] for row in boarded.tolist()]
-        requests: list[Request] = [*fixed, *(r for r in parked if r is not None)]
-        assert len(requests) == logits.shape[0], "a boarded row without a request"
+        requests = [*fixed, *self._parking.requests_of(boarded)]
         tokens = sample(logits, requests)
         self._outbox.logprobs = logprobs(logits, requests, tokens)
         now = self._clock_ns()
         for request, token in zip(fixed, tokens, strict=False):
             path = Path.LS if request.latency_sensitive else Path.DEVICE_RESIDENT
             self._lifecycle.accept(request, token, path, now)
-        for request, token in zip(requests[len(fixed) :], tokens[len(fixed) :], strict=True):
-            self._lifecycle.accept_parked(request, token, now)
+        if len(boarded):
+            self._lifecycle.accept_parked(boarded, tokens[len(fixed) :], now)
 
     def _count(self, beside_ls: bool, boarded: Rows) -> None:
         counters = self._counters

@@ -87,7 +87,9 @@ class HostKv:
             mirror = self._mirrors[server.index]
             self.refused += mirror.answered(slots[transfers], statuses[transfers])
             self._settle()
-        slots, statuses = slots[~transfers], statuses[~transfers]
+            slots, statuses = slots[~transfers], statuses[~transfers]
+        if not self._freeing:
+            return slots, statuses
         freed = np.array([(server.index, s) in self._freeing for s in slots.tolist()], dtype=bool)
         for sequence in slots[freed].tolist():
             self._freeing.remove((server.index, sequence))

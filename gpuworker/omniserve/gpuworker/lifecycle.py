@@ -9,7 +9,9 @@ from __future__ import annotations
 import enum
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from omniserve.attnkernel import STATUS_OK, WorkerLink
 from omniserve.gpuworker.cohort import Cohort
@@ -18,7 +20,7 @@ from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.host_kv import HostKv
 from omniserve.gpuworker.kv.device_blocks import DeviceBlocks
 from omniserve.gpuworker.outbox import Outbox
-from omniserve.gpuworker.parking import ParkingLot
+from omniserve.gpuworker.parking import ParkingLot, Rows
 from omniserve.gpuworker.placement import Moves, Placement
 from omniserve.gpuworker.queues import ByArrival, FairQueue
 from omniserve.gpuworker.requests import Place, Request
@@ -95,14 +97,16 @@ class Lifecycle:
         self._count(path)
         self._outbox.token(request, token)
 
-    def accept_parked(self, request: Request, token: int, now_ns: int) -> None:
-        """As `accept`, for a row of the parking lot, which then waits at stage 0 again."""
-        row = request.row
-        beside_ls = 2 * int(self.parking.ls_stages[row]) > self.state.stages
-        self.accept(request, token, Path.BOARDED if beside_ls else Path.BE_ONLY, now_ns)
-        self.blocks.hosted_to(request, request.computed + 1)
-        self.parking.next_token(row, token, request.computed)
-        self._end_if_finished(request)
+    def accept_parked(self, rows: Rows, tokens: Sequence[int], now_ns: int) -> None:
+        """As `accept`, for rows of the parking lot, which then wait at stage 0 again."""
+        requests = self.parking.requests_of(rows)
+        beside_ls = 2 * self.parking.ls_stages[rows] > self.state.stages
+        for request, token, boarded in zip(requests, tokens, beside_ls.tolist(), strict=True):
+            self.accept(request, token, Path.BOARDED if boarded else Path.BE_ONLY, now_ns)
+            self.blocks.hosted_to(request, request.computed + 1)
+        self.parking.next_tokens(rows, tokens, [request.computed for request in requests])
+        for request in requests:
+            self._end_if_finished(request)
 
     def set_out(self, cohort: Cohort) -> None:
         """A cohort starts: its requests keep their pages until it has arrived."""
@@ -205,10 +209,10 @@ class Lifecycle:
         for server in self.host.servers:
             sequences, statuses = self.host.poll(server)
             rows = self.parking.answered(server.index, sequences)
-            for row, status in zip(rows, statuses.tolist(), strict=True):
-                request = self.parking.requests[row]
-                if status != STATUS_OK and request is not None:
-                    self._doom(request, f"attention refused by its server: status {status}")
+            for at in np.flatnonzero(statuses != STATUS_OK):
+                request = self.parking.requests[rows[at]]
+                if request is not None:
+                    self._doom(request, f"attention refused by its server: status {statuses[at]}")
         for request, status in self.host.refused:
             self._doom(request, f"KV transfer refused by its server: status {status}")
         self.host.refused.clear()

@@ -7,8 +7,9 @@ BE means not boarding it: a parked row loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -114,14 +115,22 @@ class ParkingLot:
         self.requests[row] = request
         self.server[row], self.sequence[row] = request.server, request.sequence
         self._of_server(request.server, request.sequence)[request.sequence] = row
-        self.next_token(row, int(request.tokens[request.computed]), request.computed)
+        self.next_tokens(
+            np.array([row]), [int(request.tokens[request.computed])], [request.computed]
+        )
 
-    def next_token(self, row: int, token: int, position: int) -> None:
-        """Makes `row` ready at stage 0 for `token`."""
-        self.token[row], self.position[row] = token, position
-        self.ls_stages[row] = 0
-        self._stage[row] = 0
-        self._enqueue(0, np.array([row]), self._clock_ns())
+    def next_tokens(self, rows: Rows, tokens: Sequence[int], positions: Sequence[int]) -> None:
+        """Makes `rows` ready at stage 0, each for its token."""
+        self.token[rows], self.position[rows] = tokens, positions
+        self.ls_stages[rows] = 0
+        self._stage[rows] = 0
+        self._enqueue(0, rows, self._clock_ns())
+
+    def requests_of(self, rows: Rows) -> list[Request]:
+        """Whose rows they are; all must be somebody's."""
+        requests = [self.requests[row] for row in rows.tolist()]
+        assert None not in requests, "a boarded row without a request"
+        return cast("list[Request]", requests)
 
     def remove(self, request: Request) -> None:
         """Takes `request` out; its row must not be away."""
@@ -162,7 +171,7 @@ class ParkingLot:
     def board(self, stage: int, allowance: int) -> Rows:
         """Takes the rows that board `stage`, oldest parked first, at most `allowance`.
 
-        The caller runs the stage, and then `send_away` or `next_token` of all of them.
+        The caller runs the stage, and then `send_away` or `next_tokens` of all of them.
         """
         self._boardings += 1
         count = min(allowance, int(self._ready[stage]))
@@ -182,10 +191,10 @@ class ParkingLot:
         self._since_boarding[rows] = self._boardings
         self._away[next_stage] += len(rows)
 
-    def answered(self, server: int, sequences: npt.NDArray[np.int32]) -> list[int]:
+    def answered(self, server: int, sequences: npt.NDArray[np.int32]) -> Rows:
         """Attention of `sequences` came back; returns their rows."""
         if not len(sequences):
-            return []
+            return _NOBODY
         rows = self._row_of[server][sequences]
         now_ns = self._clock_ns()
         took_ns = float((now_ns - self._since_ns[rows]).mean())
@@ -197,8 +206,7 @@ class ParkingLot:
             mine = rows[stages == stage]
             self._away[stage] -= len(mine)
             self._enqueue(stage, mine, now_ns)
-        answered: list[int] = rows.tolist()
-        return answered
+        return rows
 
     def end_pass(self) -> None:
         """Every stage has been run: who is ready and did not board was passed over."""
