@@ -17,8 +17,10 @@ from omniserve.errors import SettingsError, StoreUnavailableError
 ANSWER_S = 2.0
 
 
-def connect(url: str) -> Any:
+def connect(url: str, options: dict[str, Any]) -> Any:
     """Returns a client that connects on first use; replies are bytes, in RESP2 shapes.
+
+    options: of `omniserve.redis_access`.
 
     Typed Any: redis-py's annotations join sync and async replies, which nobody can await.
     """
@@ -30,9 +32,10 @@ def connect(url: str) -> Any:
             socket_timeout=ANSWER_S,
             # One retry on a fresh connection: the server may have been restarted meanwhile.
             retry=Retry(NoBackoff(), 1),
+            **options,
         )
     except ValueError as error:
-        raise SettingsError(f"--redis-url: {error}") from error
+        raise SettingsError(f"redis_url: {error}", field="redis_url") from error
 
 
 @contextlib.contextmanager

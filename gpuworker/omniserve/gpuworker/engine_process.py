@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from omniserve import attnkernel
+from omniserve import attnkernel, logs
 from omniserve.attnkernel import Bell
 from omniserve.errors import OmniServeError, SettingsError
 from omniserve.gpuworker import latency_cache, profiler
@@ -33,6 +33,7 @@ _PR_SET_PDEATHSIG = 1
 def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
     """Runs an engine until told to stop. Start errors go to the front as `EngineFailed`."""
     _die_with_parent()
+    logs.configure("gpuworker", settings.log_level, settings.log_format)
     # The front says when to stop, also where a signal goes to the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

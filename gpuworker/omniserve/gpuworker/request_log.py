@@ -10,8 +10,9 @@ from omniserve.v1 import types_pb2
 class RequestLog:
     """Written by the engine's events, read by the stream that serves the request (or resumes)."""
 
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request_id: str, *, best_effort: bool) -> None:
         self.request_id = request_id
+        self.best_effort = best_effort
         self.tokens: list[int] = []
         self.logprobs: list[types_pb2.TokenLogprobs] = []
         """One per token if the request asked for them, else none."""
