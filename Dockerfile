@@ -17,7 +17,7 @@ FROM base AS build
 # No bytecode but of what a service imports (see below): all of it would be a third of an image.
 ENV PIP_CONSTRAINT=/src/constraints.txt \
     PIP_NO_CACHE_DIR=1 \
-    PIP_NO_COMPILE=1 \
+    PIP_COMPILE=0 \
     PIP_DISABLE_PIP_VERSION_CHECK=1 \
     PIP_ROOT_USER_ACTION=ignore
 WORKDIR /src
