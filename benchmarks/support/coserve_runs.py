@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,6 +126,8 @@ def _run(
     load: CoserveLoad, policy: str, headroom: float | None, rate_per_s: float, seed: int
 ) -> dict[str, Any]:
     """One start of the stack; BE tokens count from the first to the last moment of LS arrivals."""
+    if policy == "ls-only":
+        load = replace(load, settle_s=1.0)  # nothing is there to settle
     arrivals = load.arrivals(rate_per_s, seed)
     each = load.sequences // SERVERS
     pages = each * pages_for(BE.prompt_tokens + BE.output_tokens)

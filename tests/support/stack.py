@@ -100,6 +100,7 @@ class Stack:
     """A Valkey, stand-in workers and control planes; all are gone when the block ends."""
 
     folder: Path
+    redis_config: dict[str, str] = field(default_factory=dict)
     redis_port: int = field(default_factory=free_port)
     processes: list[Process] = field(default_factory=list)
     valkey: ValkeyServer | None = None
@@ -129,7 +130,9 @@ class Stack:
 
     def start_redis(self) -> None:
         self.valkey = ValkeyServer(
-            port=self.redis_port, data_dir=self.folder / "valkey", appendonly="yes"
+            port=self.redis_port,
+            data_dir=self.folder / "valkey",
+            config={"appendonly": "yes"} | self.redis_config,
         )
         self.valkey.start()
 
@@ -148,7 +151,7 @@ class Stack:
         flags = {"model-path": MODEL_PATH} | flags
         address = f"127.0.0.1:{free_port()}"
         started = self._start(address, ["-m", "omniserve.controlplane"], flags)
-        process = ControlPlane(*started, channel=grpc.insecure_channel(address))
+        process = ControlPlane(*started, channel=_channel(address, flags.get("tls_cert_file")))
         self.processes.append(process)
         if wait:
             self.wait_serving(process)
@@ -170,3 +173,10 @@ class Stack:
         with log_path.open("wb") as log:
             popen = subprocess.Popen([sys.executable, *command, *arguments], stderr=log)
         return popen, address, log_path
+
+
+def _channel(address: str, cert_file: Path | None) -> Any:
+    """cert_file: of the server, which is its own authority; plain text without one."""
+    if cert_file is None:
+        return grpc.insecure_channel(address)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(cert_file.read_bytes()))

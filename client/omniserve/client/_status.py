@@ -97,6 +97,8 @@ class Telemetry:
     """Latency-sensitive requests whose first stage has begun."""
     ls_queue_ns: int = 0
     """How long all of them waited for it."""
+    taken_monotonic_ns: int = 0
+    """When these figures were taken, by the monotonic clock of the worker's host."""
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 import platform
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import attention_pb2, engine_pb2
 from omniserve.latency import LatencyProfile
 
+_log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -45,7 +48,11 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
         failed = engine_pb2.EngineFailed(reason=error.reason, message=error.message)
         channel.send(engine_pb2.EngineEvent(failed=failed))
     else:
-        engine.run()
+        try:
+            engine.run()
+        except Exception:  # said here, as multiprocessing would not say it in the logs' format
+            _log.critical("the engine failed", exc_info=True)
+            sys.exit(1)
     channel.close()
 
 

@@ -102,10 +102,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while True:
                 await log.wait_beyond(offset)
-                tokens = log.tokens[offset:]
+                new = slice(offset, log.released)
+                tokens = log.tokens[new]
                 if tokens:
                     yield worker_pb2.WorkerServiceGenerateResponse(
-                        offset=offset, token_ids=tokens, logprobs=log.logprobs[offset:]
+                        offset=offset, token_ids=tokens, logprobs=log.logprobs[new]
                     )
                     offset += len(tokens)
                 if log.ended and offset >= len(log.tokens):
@@ -201,7 +202,8 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             raise NoWorkerError("worker is starting", retry_after_s=1.0)
         self._check(request, self._ready.result())
         best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
-        log = RequestLog(request.request_id, best_effort=best_effort)
+        interval_s = self._settings.be_stream_interval_s if best_effort else 0.0
+        log = RequestLog(request.request_id, interval_s, best_effort=best_effort)
         self._logs[request.request_id] = log
         now_ns = time.monotonic_ns()  # as the engine's clock
         try:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import random
 
 from omniserve.v1 import types_pb2
 
 
 class RequestLog:
-    """Written by the engine's events, read by the stream that serves the request (or resumes)."""
+    """Written by the engine's events, read by the stream that serves the request (or resumes).
 
-    def __init__(self, request_id: str, *, best_effort: bool) -> None:
+    Readers see the first `released` tokens. With an `interval_s` tokens gather about so long
+    before they are released together: every message costs CPU time in each process that it passes.
+    """
+
+    def __init__(
+        self, request_id: str, interval_s: float = 0.0, *, best_effort: bool = False
+    ) -> None:
         self.request_id = request_id
         self.best_effort = best_effort
         self.tokens: list[int] = []
+        self.released = 0
         self.logprobs: list[types_pb2.TokenLogprobs] = []
         """One per token if the request asked for them, else none."""
         self.finish_reason = types_pb2.FINISH_REASON_UNSPECIFIED
@@ -21,6 +29,9 @@ class RequestLog:
         self.cached_tokens = 0
         self.readers = 0
         self._waiting: list[asyncio.Future[None]] = []
+        # Requests that sample together must not send together for ever: LS streams would wait.
+        self._interval_s = interval_s * random.uniform(0.5, 1.5)
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def ended(self) -> bool:
@@ -30,21 +41,29 @@ class RequestLog:
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
-        self._wake()
+        if not self._interval_s:
+            self._release()
+        elif self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._interval_s, self._release)
 
     def end(self, reason: types_pb2.FinishReason, error: str = "") -> None:
         self.finish_reason = reason
         self.error = error
-        self._wake()
+        self._release()
 
     async def wait_beyond(self, offset: int) -> None:
-        """Returns when there are more than `offset` tokens, or the request has ended."""
-        while len(self.tokens) <= offset and not self.ended:
+        """Returns when over `offset` tokens are released, or the request has ended."""
+        while self.released <= offset and not self.ended:
             changed = asyncio.get_running_loop().create_future()
             self._waiting.append(changed)
             await changed
 
-    def _wake(self) -> None:
+    def _release(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self.released = len(self.tokens)
         for changed in self._waiting:
             if not changed.done():  # its reader's call may have been cancelled
                 changed.set_result(None)

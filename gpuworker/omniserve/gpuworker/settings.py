@@ -113,6 +113,12 @@ class WorkerSettings(ServiceSettings):
         description="Where BE requests decode: `auto` fills the device share and sends the rest "
         "to the servers; the others force one path (tests, comparisons).",
     )
+    be_stream_interval_s: float = Field(
+        1.0,
+        ge=0,
+        description="Tokens of a BE request are sent about this often: a message costs CPU time "
+        "in each process that it passes.",
+    )
     fault_moves_per_pass: float = Field(
         0.0,
         ge=0,
