@@ -83,7 +83,9 @@ FROM base AS controlplane
 COPY --from=controlplane-packages /opt/omniserve /opt/omniserve
 USER 10001:10001
 EXPOSE 8500
-ENV OMNISERVE_CONTROLPLANE_LISTEN=0.0.0.0:8500
+# It says otherwise, in plain text, that it found no torch, which it does without.
+ENV OMNISERVE_CONTROLPLANE_LISTEN=0.0.0.0:8500 \
+    TRANSFORMERS_VERBOSITY=error
 ENTRYPOINT ["python", "-m", "omniserve.controlplane"]
 HEALTHCHECK --interval=10s --timeout=10s --start-period=60s --retries=3 \
   CMD ["python", "-m", "omniserve.healthcheck", "localhost:8500"]
