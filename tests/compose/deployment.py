@@ -22,8 +22,12 @@ BUILD_WITHIN_S = 1800.0
 COMPOSE_WITHIN_S = 300.0
 
 
+_STARTED_S = time.monotonic()
+
+
 def say(text: str) -> None:
-    print(f"compose-test: {text}", file=sys.stderr, flush=True)
+    elapsed_s = time.monotonic() - _STARTED_S
+    print(f"compose-test {elapsed_s:4.0f} s: {text}", file=sys.stderr, flush=True)
 
 
 def docker(*arguments: str) -> str:

@@ -171,7 +171,7 @@ def check_small_memory(compose: list[str], wrong: list[str]) -> None:
 
 
 def _wait_for_an_answer(client: Client, settings: BenchSettings) -> None:
-    """Sends LS requests until one is answered. The client is the load's, reconnecting as it does."""
+    """Sends LS requests until one is answered, by the load's own client: it reconnects as that."""
     while True:
         try:
             client.generate(
