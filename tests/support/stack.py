@@ -100,7 +100,6 @@ class Stack:
     """A Valkey, stand-in workers and control planes; all are gone when the block ends."""
 
     folder: Path
-    redis_config: dict[str, str] = field(default_factory=dict)
     redis_port: int = field(default_factory=free_port)
     processes: list[Process] = field(default_factory=list)
     valkey: ValkeyServer | None = None
@@ -130,9 +129,7 @@ class Stack:
 
     def start_redis(self) -> None:
         self.valkey = ValkeyServer(
-            port=self.redis_port,
-            data_dir=self.folder / "valkey",
-            config={"appendonly": "yes"} | self.redis_config,
+            port=self.redis_port, data_dir=self.folder / "valkey", appendonly="yes"
         )
         self.valkey.start()
 
