@@ -16,6 +16,14 @@ from pathlib import Path
 from omniserve.errors import SharedMemoryError
 
 MEMINFO = Path("/proc/meminfo")
+# Limit and usage of a container's memory, as it sees its own control group: version 2, version 1.
+CGROUP_MEMORY = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+        Path("/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ),
+)
 SMAPS = Path("/proc/self/smaps")
 MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python does not name it
 
@@ -61,10 +69,10 @@ class Arena:
     def _allocate(self) -> None:
         # What an adopted file has already is not needed a second time.
         needed = self.size_bytes - os.fstat(self._fd).st_blocks * 512
-        available = _available_bytes(self.path.parent)
+        available, whose = _available_bytes(self.path.parent)
         if needed > available:
             self._unlink()
-            raise self._too_small(available)
+            raise self._too_small(available, whose)
         try:
             os.ftruncate(self._fd, self.size_bytes)
             self.huge_bytes = self._populate()
@@ -72,7 +80,7 @@ class Arena:
             os.posix_fallocate(self._fd, 0, self.size_bytes)
         except OSError as error:
             self._unlink()
-            raise self._too_small(available) from error
+            raise self._too_small(available, whose) from error
 
     def _populate(self) -> int:
         """Touches every page through a mapping that asks for huge ones; returns their bytes.
@@ -89,10 +97,9 @@ class Arena:
         with contextlib.suppress(OSError):
             self.path.unlink()
 
-    def _too_small(self, available_bytes: int) -> SharedMemoryError:
+    def _too_small(self, available_bytes: int, whose: str) -> SharedMemoryError:
         return SharedMemoryError(
-            f"{self.path.parent} is too small: needed {self.size_bytes} bytes, "
-            f"available {available_bytes}",
+            f"{whose} is too small: needed {self.size_bytes} bytes, available {available_bytes}",
             field="arena_bytes",
             metadata={
                 "needed_bytes": str(self.size_bytes),
@@ -119,10 +126,15 @@ def _huge_bytes(path: Path) -> int:
     return found
 
 
-def _available_bytes(folder: Path) -> int:
-    """What a file in `folder` may still take: room of the file system, and memory behind it."""
+def _available_bytes(folder: Path) -> tuple[int, str]:
+    """What a file in `folder` may still take, and whose limit that is."""
     room = os.statvfs(folder)
+    limits = [(room.f_bavail * room.f_frsize, str(folder))]
     for line in MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return min(room.f_bavail * room.f_frsize, int(line.split()[1]) * 1024)
-    return room.f_bavail * room.f_frsize
+            limits.append((int(line.split()[1]) * 1024, "the host's memory"))
+    for limit, usage in CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # the other version's; "max": no limit
+            left = int(limit.read_text()) - int(usage.read_text())
+            limits.append((left, "the memory limit of this container"))
+    return min(limits)
