@@ -36,7 +36,7 @@ RECOVERY_MAX_S = 20.0
 ANSWER_S = 5.0
 IMAGE_MB_MAX = {"controlplane": 250, "client": 250, "cpuattn": 200}
 IMAGES = ("controlplane", "gpuworker", "cpuattn", "client", "init")
-SMALL_SHM_BYTES = 64 << 20
+SMALL_MEMORY = {"SHM_BYTES": str(64 << 20), "ATTENTION_MEMORY": "128m"}
 
 
 def main() -> None:
@@ -158,16 +158,17 @@ def drill(stack: Deployment, report: dict[str, Any], wrong: list[str]) -> None:
 
 
 def check_small_memory(compose: list[str], wrong: list[str]) -> None:
-    """A tmpfs without room for an arena ends its server at start, and it says why."""
-    stack = Deployment("omniserve-test-small", compose, SHM_BYTES=str(SMALL_SHM_BYTES))
-    try:
-        ended = stack.compose("run", "--rm", "-T", "--no-deps", "cpuattn-a0", check=False)
-        said = [line for line in ended.stdout.splitlines() if "too small" in line]
-        say(f"a small tmpfs: status {ended.returncode}, {said[-1] if said else ended.stdout}")
-        if ended.returncode == 0 or not said:
-            wrong.append("a small tmpfs did not end in a clear error")
-    finally:
-        wrong += [f"left behind: {name}" for name in stack.tear_down()]
+    """Without room for its arena, in the tmpfs or in its container, a server ends and says why."""
+    for name, value in SMALL_MEMORY.items():
+        stack = Deployment("omniserve-test-small", compose, **{name: value})
+        try:
+            ended = stack.compose("run", "--rm", "-T", "--no-deps", "cpuattn-a0", check=False)
+            said = [line for line in ended.stdout.splitlines() if "too small" in line]
+            say(f"{name}={value}: status {ended.returncode}, {said[-1] if said else ended.stdout}")
+            if ended.returncode == 0 or not said:
+                wrong.append(f"{name}={value} did not end in a clear error")
+        finally:
+            wrong += [f"left behind: {name}" for name in stack.tear_down()]
 
 
 def _wait_for_an_answer(client: Client, settings: BenchSettings) -> None:
