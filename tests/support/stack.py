@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
@@ -133,6 +134,12 @@ class Stack:
         )
         self.valkey.start()
 
+    def kill_redis(self) -> None:
+        """SIGKILL: what it had not written is lost."""
+        pid = int(self.redis.info("server")["process_id"])
+        os.kill(pid, signal.SIGKILL)
+        self.stop_redis()
+
     def stop_redis(self) -> None:
         if self.valkey is not None:
             self.valkey.stop()
@@ -146,7 +153,7 @@ class Stack:
 
     def controlplane(self, *, wait: bool = True, **flags: Any) -> ControlPlane:
         flags = {"model-path": MODEL_PATH} | flags
-        address = f"127.0.0.1:{free_port()}"
+        address = flags.pop("listen", None) or f"127.0.0.1:{free_port()}"
         started = self._start(address, ["-m", "omniserve.controlplane"], flags)
         process = ControlPlane(*started, channel=_channel(address, flags.get("tls_cert_file")))
         self.processes.append(process)
