@@ -1,7 +1,8 @@
-"""How processes authenticate to Redis: what their settings mean for its client library."""
+"""What processes that call Redis have in common: how they get in, and how they stop."""
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,6 +27,17 @@ def options(url: str, password_file: Path | None, ca_file: Path | None) -> dict[
             raise SettingsError(f"no file {ca_file}", field="redis_ca_file")
         found["ssl_ca_certs"] = str(ca_file)
     return found
+
+
+def raise_if_cancelled() -> None:
+    """To be called, in a task, after each call of Redis: it may have lost a cancellation.
+
+    The client library uses `asyncio.wait_for`, which does so up to Python 3.11 where the answer
+    comes at the same moment. The task would then go on for ever.
+    """
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def _first_line(path: Path) -> str:

@@ -11,6 +11,7 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from omniserve import redis_access
 from omniserve.errors import SettingsError, StoreUnavailableError
 
 # Longest wait for an answer. Blocking reads must stay well below it.
@@ -40,8 +41,9 @@ def connect(url: str, options: dict[str, Any]) -> Any:
 
 @contextlib.contextmanager
 def store_errors() -> Iterator[None]:
-    """Turns any failure of Redis into StoreUnavailableError."""
+    """Turns any failure of Redis into StoreUnavailableError. All calls of Redis are made in it."""
     try:
         yield
     except (redis.exceptions.RedisError, OSError) as error:
         raise StoreUnavailableError(f"Redis: {error}", retry_after_s=1.0) from error
+    redis_access.raise_if_cancelled()

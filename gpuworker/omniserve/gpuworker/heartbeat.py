@@ -55,6 +55,7 @@ class Heartbeat:
                 status = await report()
                 if status is not None:
                     await self._beat(status)
+                    redis_access.raise_if_cancelled()
                 await asyncio.sleep(_PERIOD_S)
         finally:
             with contextlib.suppress(redis.asyncio.RedisError, OSError):
