@@ -2,6 +2,7 @@
 PYTHON ?= python3
 DEMO_SECONDS ?= 60
 BENCH_ARGS ?=
+COMPOSE_TEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,10 +13,10 @@ NATIVE := $(shell find cpuattn -name '*.cpp' -o -name '*.h' -o -name CMakeLists.
 LAYOUT := $(wildcard proto/omniserve/shm/*.h)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo up bench test test-slow check format proto clean
+.PHONY: help venv demo up bench test test-slow compose-test check format proto clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(STAMP)  ## create .venv and install everything into it
 
@@ -44,6 +45,9 @@ test: $(STAMP)  ## run the tests
 
 test-slow: $(STAMP)  ## run the tests that take minutes
 	$(BIN)/python -m pytest -m "slow and not gpu"
+
+compose-test: $(STAMP)  ## build the images, put a deployment through its drills; COMPOSE_TEST_ARGS=--smoke for less
+	$(BIN)/python tests/compose/run.py $(COMPOSE_TEST_ARGS)
 
 check: $(STAMP)  ## format, lint, types, contracts between parts, tests
 	$(BIN)/ruff format --check

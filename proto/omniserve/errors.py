@@ -52,6 +52,14 @@ class ContextLengthExceededError(InvalidArgumentError):
     reason = "CONTEXT_LENGTH_EXCEEDED"
 
 
+class UnauthenticatedError(OmniServeError):
+    """The call has no API key, or one that is not known."""
+
+    reason = "UNAUTHENTICATED"
+    grpc_code = grpc.StatusCode.UNAUTHENTICATED
+    http_code = 401
+
+
 class ModelNotFoundError(OmniServeError):
     reason = "MODEL_NOT_FOUND"
     grpc_code = grpc.StatusCode.NOT_FOUND

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 from grpc_status import rpc_status
 
 from omniserve.errors import AddressInUseError, OmniServeError, SettingsError, to_status
+from omniserve.logs import last_words
 
 # A request larger than this is refused by gRPC itself with RESOURCE_EXHAUSTED.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
@@ -22,10 +23,16 @@ SERVER_OPTIONS: list[tuple[str, Any]] = [
 ]
 
 
-def bind(server: Any, address: str) -> int:
-    """Binds `server` (sync or aio) to `address`; returns the port. Raises AddressInUseError."""
+def bind(server: Any, address: str, credentials: grpc.ServerCredentials | None = None) -> int:
+    """Binds `server` (sync or aio) to `address`; returns the port. Raises AddressInUseError.
+
+    Traffic is plain text without `credentials`.
+    """
     try:
-        port = int(server.add_insecure_port(address))
+        if credentials is None:
+            port = int(server.add_insecure_port(address))
+        else:
+            port = int(server.add_secure_port(address, credentials))
     except RuntimeError as error:
         raise AddressInUseError(f"cannot listen on {address}: {error}") from error
     if port == 0:
@@ -54,11 +61,11 @@ async def abort_aio(context: grpc.aio.ServicerContext[Any, Any], error: OmniServ
 
 @contextlib.contextmanager
 def exit_on_error(process: str) -> Iterator[None]:
-    """Turns a typed error of a process's main into one line on stderr and an exit status."""
+    """Turns a typed error of a process's main into one line of its log and an exit status."""
     try:
         yield
     except OmniServeError as error:
         named = error.field and not error.message.startswith(error.field)
         cause = f"{error.field}: {error.message}" if named else error.message
-        print(f"{process}: {error.reason}: {cause}", file=sys.stderr, flush=True)
+        last_words(process, f"{error.reason}: {cause}")
         sys.exit(2 if isinstance(error, SettingsError) else 1)

@@ -34,7 +34,8 @@ EXPORTED = {
     "DeadlineExceededError", "FinishReason", "Generation", "Job", "JobCounts", "JobItem",
     "JobResult", "JobState", "Limits", "Message", "MessageTooLargeError", "Model",
     "OmniServeError", "SamplingParams", "ServiceClass", "Slo", "Status", "Telemetry",
-    "TokenLogprob", "TokenLogprobs", "TokensByPath", "UnreachableError", "Usage", "WorkerStatus",
+    "TokenLogprob", "TokenLogprobs", "TokensByPath", "UnauthenticatedError", "UnreachableError",
+    "Usage", "WorkerStatus",
 }  # fmt: skip
 
 

@@ -122,9 +122,9 @@ def test_without_redis_ls_goes_on_and_jobs_are_unavailable_until_it_is_back(
     ("arguments", "status", "line"),
     [
         (["--model-path=none.gguf"], 1, "controlplane: MODEL_FILE: none.gguf: No such file"),
-        (["--slo-target=2"], 2, "controlplane: SETTINGS: --slo-target: "),
+        (["--slo-target=2"], 2, "controlplane: SETTINGS: slo_target: "),
         (["--nonsense=2"], 2, "controlplane: SETTINGS: "),
-        (["--redis-url=nonsense"], 2, "controlplane: SETTINGS: --redis-url: "),
+        (["--redis-url=nonsense"], 2, "controlplane: SETTINGS: redis_url: "),
     ],
 )
 def test_a_process_that_cannot_start_says_why_in_one_line(

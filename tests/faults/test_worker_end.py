@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import grpc
 import pytest
 from support.prompts import real_prompts
+from support.stack import Stack, wait_for
+from support.tiny_model import TinyModel
 from support.worker_stack import WorkerStack
+
+from omniserve import keys
 
 
 def test_a_worker_and_its_servers_end_cleanly_in_mid_decode_and_leave_nothing() -> None:
@@ -33,3 +38,31 @@ def test_a_worker_whose_engine_dies_ends_and_says_so() -> None:
         last = stack.worker.log.read_text().splitlines()[-1]
         assert last.startswith("omniserve-gpuworker: ")
         assert last.endswith("the engine ended with status -9")
+
+
+def test_a_worker_that_is_told_to_end_finishes_ls_and_hands_best_effort_back() -> None:
+    with WorkerStack(servers=0, worker_flags={"drain-s": 120}) as stack:
+        prompt = real_prompts()[1]
+        best_effort = stack.start(prompt, 2000, best_effort=True, ignore_eos=True)
+        best_effort.read(1)
+        running = stack.start(prompt, 100, ignore_eos=True)
+        running.read(1)
+        stack.worker.process.send_signal(signal.SIGTERM)
+        assert len(running.finish()) == 100
+        with pytest.raises(grpc.RpcError):
+            best_effort.finish()
+        assert stack.worker.process.wait(60.0) == 0
+
+
+def test_an_engine_that_makes_no_progress_is_not_serving_until_it_goes_on(tmp_path: Path) -> None:
+    with Stack(tmp_path) as store:
+        flags = TinyModel(tmp_path).flags() | {"redis-url": store.redis_url}
+        with WorkerStack(servers=0, worker_flags=flags) as stack:
+            key = keys.worker("w0")
+            wait_for("a heartbeat", lambda: store.redis.exists(key))
+            os.kill(stack.engine_pid(), signal.SIGSTOP)
+            wait_for("health to notice", lambda: not stack.is_serving())
+            wait_for("the heartbeat's end", lambda: not store.redis.exists(key))
+            os.kill(stack.engine_pid(), signal.SIGCONT)
+            wait_for("health", stack.is_serving)
+            wait_for("a heartbeat", lambda: store.redis.exists(key))

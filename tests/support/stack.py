@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import signal
 import socket
 import subprocess
@@ -133,6 +134,12 @@ class Stack:
         )
         self.valkey.start()
 
+    def kill_redis(self) -> None:
+        """SIGKILL: what it had not written is lost."""
+        pid = int(self.redis.info("server")["process_id"])
+        os.kill(pid, signal.SIGKILL)
+        self.stop_redis()
+
     def stop_redis(self) -> None:
         if self.valkey is not None:
             self.valkey.stop()
@@ -146,9 +153,9 @@ class Stack:
 
     def controlplane(self, *, wait: bool = True, **flags: Any) -> ControlPlane:
         flags = {"model-path": MODEL_PATH} | flags
-        address = f"127.0.0.1:{free_port()}"
+        address = flags.pop("listen", None) or f"127.0.0.1:{free_port()}"
         started = self._start(address, ["-m", "omniserve.controlplane"], flags)
-        process = ControlPlane(*started, channel=grpc.insecure_channel(address))
+        process = ControlPlane(*started, channel=_channel(address, flags.get("tls_cert_file")))
         self.processes.append(process)
         if wait:
             self.wait_serving(process)
@@ -170,3 +177,10 @@ class Stack:
         with log_path.open("wb") as log:
             popen = subprocess.Popen([sys.executable, *command, *arguments], stderr=log)
         return popen, address, log_path
+
+
+def _channel(address: str, cert_file: Path | None) -> Any:
+    """cert_file: of the server, which is its own authority; plain text without one."""
+    if cert_file is None:
+        return grpc.insecure_channel(address)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(cert_file.read_bytes()))

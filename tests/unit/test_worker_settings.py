@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from omniserve.errors import SettingsError
-from omniserve.gpuworker.settings import WorkerSettings, load_settings
+from omniserve.gpuworker.settings import WorkerSettings
 
 
 @pytest.fixture(autouse=True)
@@ -18,14 +18,16 @@ def _no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_setting_has_a_default_and_a_description() -> None:
-    load_settings([])
+    WorkerSettings.load([])
     for name, field in WorkerSettings.model_fields.items():
         assert not field.is_required(), name
         assert field.description, name
 
 
 def test_flags_are_read_with_an_equals_sign_or_a_space() -> None:
-    settings = load_settings(["--page-tokens=64", "--dtype", "float32", "--model-path=/m.gguf"])
+    settings = WorkerSettings.load(
+        ["--page-tokens=64", "--dtype", "float32", "--model-path=/m.gguf"]
+    )
     assert (settings.page_tokens, settings.dtype) == (64, "float32")
     assert settings.model_path == Path("/m.gguf")
 
@@ -33,20 +35,20 @@ def test_flags_are_read_with_an_equals_sign_or_a_space() -> None:
 def test_the_environment_has_a_twin_of_each_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMNISERVE_WORKER_WORKER_ID", "w7")
     monkeypatch.setenv("OMNISERVE_WORKER_DEVICE_KV_TOKENS", "4096")
-    settings = load_settings([])
+    settings = WorkerSettings.load([])
     assert (settings.worker_id, settings.device_kv_tokens) == ("w7", 4096)
 
 
 def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMNISERVE_WORKER_THREADS", "3")
-    assert load_settings(["--threads=1"]).threads == 1
-    assert load_settings([]).threads == 3
+    assert WorkerSettings.load(["--threads=1"]).threads == 1
+    assert WorkerSettings.load([]).threads == 3
 
 
 @pytest.mark.parametrize("flag", ["--thread=3", "--page_tokens=64", "--colour=red"])
 def test_an_unknown_flag_is_refused_by_name(flag: str) -> None:
     with pytest.raises(SettingsError, match=flag.split("=")[0]):
-        load_settings([flag])
+        WorkerSettings.load([flag])
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,7 @@ def test_an_unknown_flag_is_refused_by_name(flag: str) -> None:
 )
 def test_a_bad_value_is_refused_by_name(flag: str, name: str) -> None:
     with pytest.raises(SettingsError, match=f"^{name}: ") as caught:
-        load_settings([flag])
+        WorkerSettings.load([flag])
     assert caught.value.field == name
 
 
@@ -73,16 +75,16 @@ def test_a_bad_value_in_the_environment_is_refused_by_name(
 ) -> None:
     monkeypatch.setenv("OMNISERVE_WORKER_PREFILL_CHUNK_TOKENS_MAX", "many")
     with pytest.raises(SettingsError, match=r"^prefill_chunk_tokens_max: "):
-        load_settings([])
+        WorkerSettings.load([])
 
 
 def test_addresses_of_attention_servers_are_split_at_commas() -> None:
-    assert load_settings([]).attention_server_addresses == []
-    settings = load_settings(["--attention-servers=127.0.0.1:1,127.0.0.1:2,"])
+    assert WorkerSettings.load([]).attention_server_addresses == []
+    settings = WorkerSettings.load(["--attention-servers=127.0.0.1:1,127.0.0.1:2,"])
     assert settings.attention_server_addresses == ["127.0.0.1:1", "127.0.0.1:2"]
 
 
 def test_settings_never_change() -> None:
-    settings = load_settings([])
+    settings = WorkerSettings.load([])
     with pytest.raises(ValidationError, match="frozen"):
         settings.threads = 8

@@ -40,7 +40,7 @@ from omniserve.client._types import (
     TokenLogprobs,
     Usage,
 )
-from omniserve.errors import OmniServeError
+from omniserve.errors import OmniServeError, UnauthenticatedError
 
 __all__ = [
     "DEFAULT_ADDRESS",
@@ -69,6 +69,7 @@ __all__ = [
     "TokenLogprob",
     "TokenLogprobs",
     "TokensByPath",
+    "UnauthenticatedError",
     "UnreachableError",
     "Usage",
     "WorkerStatus",

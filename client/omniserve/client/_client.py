@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import grpc
 
+from omniserve.api_keys import METADATA_KEY, bearer
 from omniserve.client import _wire
+from omniserve.client._connect import connect
 from omniserve.client._errors import typed
 from omniserve.client._generation import Generation
 from omniserve.client._status import Status
@@ -40,17 +43,29 @@ DEFAULT_ADDRESS = "127.0.0.1:8500"
 class Client:
     """Talks to the control plane at `address` ("host:port"). Thread-safe.
 
+    Traffic is plain text, or TLS with `tls` (trusting gRPC's roots) or `tls_ca_file` (trusting the
+    certificates in that PEM file). `api_key` goes with every call; without TLS it may only go to
+    this machine. Raises SettingsError for a file or a key that cannot be used.
+
     Every method raises the typed errors of `omniserve.errors`, besides UnreachableError and
     DeadlineExceededError. `timeout_s` bounds every call that does not stream.
     """
 
     def __init__(
-        self, address: str = DEFAULT_ADDRESS, *, tenant: str = "", timeout_s: float = 30.0
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        tls: bool = False,
+        tls_ca_file: str | Path | None = None,
+        api_key: str = "",
+        tenant: str = "",
+        timeout_s: float = 30.0,
     ) -> None:
         self._address = address
         self._tenant = tenant
         self._timeout_s = timeout_s
-        self._channel = grpc.insecure_channel(address)
+        self._channel = connect(address, tls=tls, tls_ca_file=tls_ca_file, api_key=api_key)
+        self._metadata = [(METADATA_KEY, bearer(api_key))] if api_key else []
         self._inference = inference_pb2_grpc.InferenceServiceStub(self._channel)
         self._jobs = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._status = status_pb2_grpc.StatusServiceStub(self._channel)
@@ -87,7 +102,7 @@ class Client:
             resume_offset=resume_offset,
         )
         _wire.set_prompt(request, prompt, messages, token_ids)
-        call = self._inference.Generate(request, timeout=timeout_s)
+        call = self._inference.Generate(request, timeout=timeout_s, metadata=self._metadata)
         return Generation(call, request_id, self._address, self.cancel)
 
     def cancel(self, request_id: str) -> bool:
@@ -129,7 +144,7 @@ class Client:
         Ends with the job or, unless `follow`, with the last result there is now.
         """
         request = jobs_pb2.StreamJobResultsRequest(job_id=job_id, offset=offset, follow=follow)
-        call = self._jobs.StreamJobResults(request, timeout=timeout_s)
+        call = self._jobs.StreamJobResults(request, timeout=timeout_s, metadata=self._metadata)
         try:
             for response in call:
                 yield _wire.job_result(response.result)
@@ -173,6 +188,6 @@ class Client:
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         try:
-            return method(request, timeout=self._timeout_s)
+            return method(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise typed(error, self._address) from error

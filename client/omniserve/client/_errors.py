@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import grpc
 
-from omniserve.errors import InvalidArgumentError, OmniServeError, from_rpc_error
+from omniserve.errors import (
+    InvalidArgumentError,
+    OmniServeError,
+    UnauthenticatedError,
+    from_rpc_error,
+)
 
 
 class UnreachableError(OmniServeError):
@@ -43,6 +48,14 @@ _UNTYPED: dict[grpc.StatusCode, type[OmniServeError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
     grpc.StatusCode.CANCELLED: CallCancelledError,
     grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: UnauthenticatedError,
+}
+
+# What gRPC says of a connection that fails, and what a caller can make of it.
+_HINTS = {
+    "Socket closed": "the server may expect TLS",
+    "WRONG_VERSION_NUMBER": "the server does not speak TLS",
+    "CERTIFICATE_VERIFY_FAILED": "the server's certificate is not trusted",
 }
 
 
@@ -55,4 +68,6 @@ def typed(error: grpc.RpcError, address: str) -> OmniServeError:
     # gRPC itself refuses such a message, before any code of ours could add details.
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in details:
         return MessageTooLargeError(details, field="prompt")
+    if details.startswith("failed to connect"):
+        details = "; ".join([*(_HINTS[sign] for sign in _HINTS if sign in details), details])
     return _UNTYPED.get(code, OmniServeError)(f"{address}: {code.name}: {details}")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar, get_origin
 
 import click
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
@@ -17,8 +17,16 @@ Command = Callable[..., Any]
 
 
 def options_of(*kinds: type[BaseSettings]) -> Callable[[Command], Command]:
-    """Adds an option for each field of the settings classes; equal names become one option."""
-    fields = {name: (kind, info) for kind in kinds for name, info in kind.model_fields.items()}
+    """Adds an option for each field of the settings classes; equal names become one option.
+
+    Not for secrets, which everybody on the machine could read in the process list.
+    """
+    fields = {
+        name: (kind, info)
+        for kind in kinds
+        for name, info in kind.model_fields.items()
+        if info.annotation is not SecretStr
+    }
 
     def decorate(command: Command) -> Command:
         for name, (kind, info) in reversed(fields.items()):
@@ -29,6 +37,8 @@ def options_of(*kinds: type[BaseSettings]) -> Callable[[Command], Command]:
                 f"--{name.replace('_', '-')}",
                 name,
                 multiple=_is_list(info),
+                is_flag=info.annotation is bool,
+                default=None,
                 help=f"{info.description}  [env: {variable}; default: {shown}]",
             )(command)
         return command

@@ -7,28 +7,21 @@ import logging
 import signal
 import sys
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import click
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
 from rich.console import Console
 
-from omniserve.client import DEFAULT_ADDRESS, Client, Message, SamplingParams, ServiceClass
+from omniserve.client import Client, Message, SamplingParams, ServiceClass
 from omniserve.client._options import options_of, read
 from omniserve.client.bench.settings import BenchSettings
+from omniserve.client.connect_settings import ConnectSettings
 from omniserve.client.stack import Stack, StackSettings
 from omniserve.rpc import exit_on_error
-
-
-class ConnectSettings(BaseSettings):
-    """Where the deployment is."""
-
-    model_config = SettingsConfigDict(env_prefix="OMNISERVE_", frozen=True, extra="forbid")
-
-    address: str = Field(default=DEFAULT_ADDRESS, description="Control plane, host:port.")
 
 
 class GenerateSettings(ConnectSettings):
@@ -122,7 +115,7 @@ def up(**flags: Any) -> None:
 def generate(prompt: str, raw: bool, as_json: bool, **flags: Any) -> None:
     """Stream the answer to PROMPT."""
     s = read(GenerateSettings, flags)
-    with Client(s.address) as client:
+    with s.client() as client:
         running = client.generate(
             prompt if raw else None,
             messages=None if raw else [Message("user", prompt)],
@@ -162,8 +155,8 @@ def bench(as_json: bool, **flags: Any) -> None:
     from omniserve.client.bench import run_bench
 
     settings = read(BenchSettings, flags)
-    address = read(ConnectSettings, flags).address
-    report = run_bench(address, settings, Console(stderr=as_json))
+    connection = read(ConnectSettings, flags)
+    report = run_bench(connection.client, settings, Console(stderr=as_json))
     if as_json:
         click.echo(json.dumps(report))
 
@@ -185,7 +178,7 @@ def demo(as_json: bool, **flags: Any) -> None:
 
     try:
         _start(stack, console)
-        report = run_bench(stack.address, settings, console, alive)
+        report = run_bench(partial(Client, stack.address), settings, console, alive)
     finally:
         stack.stop()
     alive()

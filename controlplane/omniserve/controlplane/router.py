@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from omniserve import keys
+from omniserve.channel import RECONNECT_OPTIONS
 from omniserve.controlplane.admission import Load
 from omniserve.controlplane.store import store_errors
 from omniserve.errors import NoWorkerError, StoreUnavailableError
@@ -30,6 +32,8 @@ from omniserve.v1 import status_pb2
 log = logging.getLogger(__name__)
 
 SCAN_S = 0.2
+# Redis may take this long for one: several answers, each with its own time limit.
+SCAN_LATE_S = 10.0
 # How often to look for new workers among all keys, which costs more than to read known ones.
 DISCOVER_S = 1.0
 DISCOVER_KEYS = 1000
@@ -38,9 +42,7 @@ TELEMETRY_AGE_S = 0.2
 # Redis may have been restarted empty: its workers show up again within this time.
 MISSING_GRACE_S = 1.0
 CHANNEL_OPTIONS = [
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 1000),
+    *RECONNECT_OPTIONS,
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 ]
@@ -97,7 +99,13 @@ class Router:
         self._clock_s = clock_s
         self._workers: dict[str, Worker] = {}
         self._discovered_s = 0.0
+        self._scanned_s = -math.inf
         self.redis_reachable = False
+
+    @property
+    def current(self) -> bool:
+        """Whether Redis answered the last scan, and that was lately."""
+        return self.redis_reachable and self._clock_s() - self._scanned_s < SCAN_LATE_S
 
     @property
     def workers(self) -> list[Worker]:
@@ -144,7 +152,7 @@ class Router:
             self.redis_reachable = False
             return
         self.redis_reachable = True
-        now_s = self._clock_s()
+        now_s = self._scanned_s = self._clock_s()
         for value in values:
             if value is not None:
                 self._hear(value, now_s)

@@ -13,7 +13,8 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
-from omniserve.controlplane import store, tokenizer
+from omniserve import redis_access
+from omniserve.controlplane import access, store, tokenizer
 from omniserve.controlplane.dispatcher import Dispatcher
 from omniserve.controlplane.inference import InferenceServicer
 from omniserve.controlplane.job_store import JobStore
@@ -50,9 +51,15 @@ async def serve(settings: Settings) -> None:
     stopping = asyncio.Event()
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    bind(server, settings.listen)  # before the slow steps: a port in use shows at once
-    redis = store.connect(settings.redis_url)
+    server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=access.interceptors(settings))
+    # Before the slow steps: a port in use shows at once.
+    bind(server, settings.listen, access.credentials(settings))
+    redis = store.connect(
+        settings.redis_url,
+        redis_access.options(
+            settings.redis_url, settings.redis_password_file, settings.redis_ca_file
+        ),
+    )
     words = tokenizer.load(Path(settings.model_path))
     router = Router(redis, settings.model)
     slo_state = SloState(redis, settings.slo_window_s)
@@ -128,9 +135,12 @@ async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
 
 
 async def report_health(health: Any, router: Router) -> None:
-    """SERVING means that a request sent now could be answered and recorded."""
+    """SERVING means that a request sent now could be answered and recorded.
+
+    Workers without heartbeats leave the router, and a loop that ends, ends the process.
+    """
     while True:
-        able = router.redis_reachable and bool(router.workers)
+        able = router.current and bool(router.workers)
         state = health_pb2.HealthCheckResponse
         for name in ("", *SERVICES):
             await health.set(name, state.SERVING if able else state.NOT_SERVING)

@@ -1,36 +1,39 @@
-"""Settings of one control plane process: flags, then OMNISERVE_CONTROLPLANE_*, then defaults."""
+"""Settings of one control plane process; its environment is OMNISERVE_CONTROLPLANE_*."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError as SourceError
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
-from omniserve.errors import SettingsError
+from omniserve.settings import ServiceSettings
 
 PositiveMs = Annotated[float, Field(gt=0, le=3_600_000)]
 
 
-class Settings(BaseSettings):
+class Settings(ServiceSettings):
     """Frozen; every time has its unit in its name."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OMNISERVE_CONTROLPLANE_",
-        frozen=True,
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_prog_name="python -m omniserve.controlplane",
-        use_attribute_docstrings=True,
-        protected_namespaces=(),
+        env_prefix="OMNISERVE_CONTROLPLANE_", cli_prog_name="python -m omniserve.controlplane"
     )
 
     listen: str = "127.0.0.1:8460"
     """Address of the gRPC server, host:port."""
+    tls_cert_file: Path | None = None
+    """PEM file with the certificate of the server, and its chain; plain text without one."""
+    tls_key_file: Path | None = None
+    """PEM file with the private key of that certificate."""
+    api_key_file: Path | None = None
+    """File with the keys that callers may send, one a line; anyone may call without one."""
     redis_url: str = "redis://127.0.0.1:6379"
-    """Redis or Valkey that holds all state."""
+    """Redis or Valkey that holds all state; rediss:// for TLS."""
+    redis_password_file: Path | None = None
+    """File whose first line is its password."""
+    redis_ca_file: Path | None = None
+    """PEM file with the certificates to trust in rediss://; the system's without one."""
     model: str = "SmolLM2-135M-Instruct"
     """Name under which the model is served; workers must report the same."""
     model_path: str = "model.gguf"
@@ -73,15 +76,3 @@ class Settings(BaseSettings):
     """Period of the limits loop."""
     drain_s: float = Field(5.0, ge=0)
     """How long running streams may go on after SIGTERM."""
-
-
-def load(argv: Sequence[str]) -> Settings:
-    """Returns the settings of command line `argv`. Raises SettingsError; exits on --help."""
-    try:
-        return Settings(_cli_parse_args=list(argv), _cli_exit_on_error=False)  # type: ignore[call-arg]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = "--" + "-".join(str(part).replace("_", "-") for part in first["loc"])
-        raise SettingsError(f"{name}: {first['msg']}") from error
-    except SourceError as error:
-        raise SettingsError(str(error)) from error

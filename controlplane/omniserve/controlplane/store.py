@@ -11,14 +11,17 @@ import redis.exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
+from omniserve import redis_access
 from omniserve.errors import SettingsError, StoreUnavailableError
 
 # Longest wait for an answer. Blocking reads must stay well below it.
 ANSWER_S = 2.0
 
 
-def connect(url: str) -> Any:
+def connect(url: str, options: dict[str, Any]) -> Any:
     """Returns a client that connects on first use; replies are bytes, in RESP2 shapes.
+
+    options: of `omniserve.redis_access`.
 
     Typed Any: redis-py's annotations join sync and async replies, which nobody can await.
     """
@@ -30,15 +33,17 @@ def connect(url: str) -> Any:
             socket_timeout=ANSWER_S,
             # One retry on a fresh connection: the server may have been restarted meanwhile.
             retry=Retry(NoBackoff(), 1),
+            **options,
         )
     except ValueError as error:
-        raise SettingsError(f"--redis-url: {error}") from error
+        raise SettingsError(f"redis_url: {error}", field="redis_url") from error
 
 
 @contextlib.contextmanager
 def store_errors() -> Iterator[None]:
-    """Turns any failure of Redis into StoreUnavailableError."""
+    """Turns any failure of Redis into StoreUnavailableError. All calls of Redis are made in it."""
     try:
         yield
     except (redis.exceptions.RedisError, OSError) as error:
         raise StoreUnavailableError(f"Redis: {error}", retry_after_s=1.0) from error
+    redis_access.raise_if_cancelled()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 
+from omniserve import logs
 from omniserve.cpuattn.server import serve
-from omniserve.cpuattn.settings import load_settings
+from omniserve.cpuattn.settings import CpuAttnSettings
 from omniserve.rpc import exit_on_error
 
 
 def main() -> None:
     with exit_on_error("cpuattn"):
-        serve(load_settings(sys.argv[1:]))
+        settings = CpuAttnSettings.load(sys.argv[1:])
+        logs.configure("cpuattn", settings.log_level, settings.log_format)
+        serve(settings)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,26 @@ import contextlib
 import fcntl
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from omniserve.errors import SharedMemoryError
 
 MEMINFO = Path("/proc/meminfo")
 SMAPS = Path("/proc/self/smaps")
+CGROUPS = Path("/sys/fs/cgroup")
+# Of a container: limit, use, and what the use consists of; of version 2, and of version 1.
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 MADV_POPULATE_WRITE = 23  # of Linux 5.14; Python does not name it
+
+
+class _Room(NamedTuple):
+    available_bytes: int
+    of_what: str
 
 
 class Arena:
@@ -61,10 +74,10 @@ class Arena:
     def _allocate(self) -> None:
         # What an adopted file has already is not needed a second time.
         needed = self.size_bytes - os.fstat(self._fd).st_blocks * 512
-        available = _available_bytes(self.path.parent)
-        if needed > available:
+        room = min(_rooms(self.path.parent), key=lambda room: room.available_bytes)
+        if needed > room.available_bytes:
             self._unlink()
-            raise self._too_small(available)
+            raise self._too_small(room)
         try:
             os.ftruncate(self._fd, self.size_bytes)
             self.huge_bytes = self._populate()
@@ -72,7 +85,7 @@ class Arena:
             os.posix_fallocate(self._fd, 0, self.size_bytes)
         except OSError as error:
             self._unlink()
-            raise self._too_small(available) from error
+            raise self._too_small(room) from error
 
     def _populate(self) -> int:
         """Touches every page through a mapping that asks for huge ones; returns their bytes.
@@ -89,14 +102,14 @@ class Arena:
         with contextlib.suppress(OSError):
             self.path.unlink()
 
-    def _too_small(self, available_bytes: int) -> SharedMemoryError:
+    def _too_small(self, room: _Room) -> SharedMemoryError:
         return SharedMemoryError(
             f"{self.path.parent} is too small: needed {self.size_bytes} bytes, "
-            f"available {available_bytes}",
+            f"available {room.available_bytes} {room.of_what}; see --arena-bytes",
             field="arena_bytes",
             metadata={
                 "needed_bytes": str(self.size_bytes),
-                "available_bytes": str(available_bytes),
+                "available_bytes": str(room.available_bytes),
             },
         )
 
@@ -119,10 +132,22 @@ def _huge_bytes(path: Path) -> int:
     return found
 
 
-def _available_bytes(folder: Path) -> int:
-    """What a file in `folder` may still take: room of the file system, and memory behind it."""
-    room = os.statvfs(folder)
+def _rooms(folder: Path) -> Iterator[_Room]:
+    """All that bounds what a file in `folder` may still take."""
+    system = os.statvfs(folder)
+    yield _Room(system.f_bavail * system.f_frsize, "in the file system")
     for line in MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            return min(room.f_bavail * room.f_frsize, int(line.split()[1]) * 1024)
-    return room.f_bavail * room.f_frsize
+            yield _Room(int(line.split()[1]) * 1024, "in the host's memory")
+    for names in CGROUP_FILES:
+        limit, use, parts = (CGROUPS / name for name in names)
+        # Without one there is no limit; to go over it means SIGKILL, and no error.
+        if limit.exists() and (text := limit.read_text().strip()) != "max":
+            left = int(text) - int(use.read_text()) + _reclaimable_bytes(parts)
+            yield _Room(max(left, 0), "under the container's memory limit")
+
+
+def _reclaimable_bytes(stat: Path) -> int:
+    """Copies of files on disk, which make way; memory of tmpfs is not among them."""
+    parts = dict(line.split() for line in stat.read_text().splitlines())
+    return int(parts["active_file"]) + int(parts["inactive_file"])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import logging
 import signal
-import sys
 import threading
 from concurrent import futures
 
@@ -19,6 +19,8 @@ from omniserve.cpuattn.topology import Cores, choose_cores
 from omniserve.errors import SettingsError
 from omniserve.internal.v1 import attention_pb2, attention_pb2_grpc
 from omniserve.rpc import SERVER_OPTIONS, add_reflection, bind
+
+_log = logging.getLogger(__name__)
 
 SERVICE = attention_pb2.DESCRIPTOR.services_by_name["AttentionService"].full_name
 # The loop's counter grows ten times a second; three periods without growth are a hang.
@@ -94,7 +96,7 @@ def _say(
     pinned = "pinned" if cores.pinned else f"not pinned, nice {settings.nice}"
     locked = f"not locked: {loop.not_locked}" if loop.not_locked else "locked"
     facts = [
-        f"listening on {settings.listen} (port {port})",
+        f"{settings.server_id} listening on {settings.listen} (port {port})",
         f"{settings.threads} attention thread(s), {settings.cores} cores, {pinned}, "
         f"{kernel_name()} kernel",
         cores.map,
@@ -105,4 +107,4 @@ def _say(
         else f"adopted segment {loop.segment_id} of worker {loop.worker_id}",
     ]
     for fact in facts:
-        print(f"cpuattn {settings.server_id}: {fact}", file=sys.stderr, flush=True)
+        _log.info("%s", fact)

@@ -1,25 +1,21 @@
-"""Settings of one attention server: flags > `OMNISERVE_CPUATTN_*` environment > defaults."""
+"""Settings of one attention server; its environment is OMNISERVE_CPUATTN_*."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
-from omniserve import errors
+from omniserve.settings import ServiceSettings
 
 
-class CpuAttnSettings(BaseSettings):
+class CpuAttnSettings(ServiceSettings):
     """Everything that an attention server can be told at start. Frozen; unknown keys fail."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OMNISERVE_CPUATTN_",
-        frozen=True,
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_prog_name="omniserve-cpuattn",
+        env_prefix="OMNISERVE_CPUATTN_", cli_prog_name="omniserve-cpuattn"
     )
 
     server_id: str = Field(
@@ -61,15 +57,3 @@ class CpuAttnSettings(BaseSettings):
     @property
     def arena_path(self) -> Path:
         return self.shm_dir / f"{self.server_id}.arena"
-
-
-def load_settings(arguments: list[str]) -> CpuAttnSettings:
-    """Reads flags and the environment. Raises SettingsError that names the setting."""
-    try:
-        return CpuAttnSettings(_cli_parse_args=arguments, _cli_exit_on_error=False)  # type: ignore[call-arg]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise errors.SettingsError(f"{name}: {first['msg']}", field=name) from error
-    except SettingsError as error:
-        raise errors.SettingsError(str(error)) from error

@@ -3,43 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import json
 import logging
 import multiprocessing
 import secrets
 import signal
 import socket
 import sys
+import time
 from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
-import redis.asyncio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from omniserve import keys
+from omniserve import logs
 from omniserve.attnkernel import Bell
 from omniserve.errors import NoWorkerError, OmniServeError
 from omniserve.gpuworker import engine_process
 from omniserve.gpuworker.attachments import Attachments
 from omniserve.gpuworker.channel import FrontChannel
 from omniserve.gpuworker.front import WorkerFront
-from omniserve.gpuworker.settings import WorkerSettings, load_settings
+from omniserve.gpuworker.heartbeat import Heartbeat
+from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import attention_pb2, engine_pb2, worker_pb2, worker_pb2_grpc
 from omniserve.rpc import SERVER_OPTIONS, add_reflection, bind, exit_on_error
 from omniserve.v1 import status_pb2
 
 _log = logging.getLogger("omniserve.gpuworker")
 _SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"].full_name
-_HEARTBEAT_S = 0.2
-_DRAIN_S = 5.0
 # The engine looks its pools over as it ends; then its memory goes, page by page.
 _ENGINE_END_S = 20.0
-# The engine reports ten times a second; silence this long means that it makes no progress.
-_PROGRESS_S = 10.0
+# The engine reports ten times a second, if no pass takes longer, and a pass is a matter of
+# seconds on the slowest host: silence this long means that it makes no progress.
+_PROGRESS_NS = 10 * 10**9
 
 
 class Worker:
@@ -53,6 +51,7 @@ class Worker:
         self._channel = FrontChannel(front_end, Bell(self._bell_path, create=True))
         self._attachments: Attachments | None = None
         self._front = WorkerFront(settings, self._channel, self._server_stats)
+        self._heartbeat = Heartbeat(settings) if settings.redis_url else None
         self._health = health.aio.HealthServicer()
         context = multiprocessing.get_context("spawn")
         self._engine = context.Process(
@@ -83,7 +82,8 @@ class Worker:
                 tasks += [asyncio.ensure_future(work) for work in self._background(stop)]
                 await stop.wait()
                 await self._say(serving=False)
-                await self._front.drain(_DRAIN_S)
+                if self._engine.is_alive():
+                    await self._front.drain(self._settings.drain_s)
         finally:
             for task in tasks:
                 task.cancel()
@@ -119,44 +119,28 @@ class Worker:
         assert self._attachments is not None
         yield self._attachments.run()
         yield self._watch_engine(stop)
-        if self._settings.redis_url:
-            yield self._heartbeat()
+        if self._heartbeat is not None:
+            yield self._heartbeat.run(self._report)
 
     async def _watch_engine(self, stop: asyncio.Event) -> None:
-        """Health says SERVING while the engine makes progress; its death ends the worker."""
-        seen, seen_at = -1, 0.0
-        loop = asyncio.get_running_loop()
+        """Keeps health up to date; the engine's death ends the worker."""
         while not stop.is_set():
             if not self._engine.is_alive():
                 _log.error("the engine ended with status %s", self._engine.exitcode)
                 stop.set()
                 return
-            if self._front.events_seen != seen:
-                seen, seen_at = self._front.events_seen, loop.time()
-            attached = self._attachments is not None and self._attachments.complete
-            await self._say(serving=attached and loop.time() - seen_at < _PROGRESS_S)
+            await self._say(serving=self._able())
             await asyncio.sleep(0.1)
 
-    async def _heartbeat(self) -> None:
-        """Tells Redis where this worker is and how it fares. Redis may come and go."""
-        store = redis.asyncio.from_url(self._settings.redis_url)
-        key = keys.worker(self._settings.worker_id)
-        try:
-            while True:
-                if self._attachments is not None and self._attachments.complete:
-                    status = (await self._front.status()).SerializeToString()
-                    beat = {
-                        "address": self._settings.listen,
-                        "status": base64.b64encode(status).decode(),
-                    }
-                    with contextlib.suppress(redis.asyncio.RedisError, OSError):
-                        ttl_ms = int(keys.HEARTBEAT_TTL_S * 1000)
-                        await store.set(key, json.dumps(beat), px=ttl_ms)
-                await asyncio.sleep(_HEARTBEAT_S)
-        finally:
-            with contextlib.suppress(redis.asyncio.RedisError, OSError):
-                await store.delete(key)
-            await store.aclose()
+    def _able(self) -> bool:
+        """Whether each server has been attached once, and the engine made progress lately."""
+        still_ns = time.monotonic_ns() - self._front.telemetry.taken_monotonic_ns
+        attached = self._attachments is not None and self._attachments.complete
+        return attached and still_ns < _PROGRESS_NS
+
+    async def _report(self) -> worker_pb2.GetWorkerStatusResponse | None:
+        """What to tell Redis: nothing if a request sent here now would only wait."""
+        return await self._front.status() if self._able() else None
 
     async def _say(self, *, serving: bool) -> None:
         status = health_pb2.HealthCheckResponse
@@ -183,8 +167,8 @@ async def _serve(settings: WorkerSettings) -> None:
 
 def main() -> None:
     with exit_on_error("omniserve-gpuworker"):
-        settings = load_settings(sys.argv[1:])
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+        settings = WorkerSettings.load(sys.argv[1:])
+        logs.configure("gpuworker", settings.log_level, settings.log_format)
         asyncio.run(_serve(settings))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 
 import grpc
 
+from omniserve.channel import RECONNECT_OPTIONS
 from omniserve.internal.v1 import attention_pb2, attention_pb2_grpc, engine_pb2
 from omniserve.v1 import status_pb2
 
@@ -52,7 +53,7 @@ class Attachments:
         await asyncio.gather(*watches)
 
     async def _watch(self, index: int, address: str) -> None:
-        async with grpc.aio.insecure_channel(address) as channel:
+        async with grpc.aio.insecure_channel(address, options=RECONNECT_OPTIONS) as channel:
             stub = attention_pb2_grpc.AttentionServiceStub(channel)
             while True:
                 try:

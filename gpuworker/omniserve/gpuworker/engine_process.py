@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 import platform
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
 import torch
 
-from omniserve import attnkernel
+from omniserve import attnkernel, logs
 from omniserve.attnkernel import Bell
 from omniserve.errors import OmniServeError, SettingsError
 from omniserve.gpuworker import latency_cache, profiler
@@ -27,12 +29,14 @@ from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import attention_pb2, engine_pb2
 from omniserve.latency import LatencyProfile
 
+_log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 
 def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
     """Runs an engine until told to stop. Start errors go to the front as `EngineFailed`."""
     _die_with_parent()
+    logs.configure("gpuworker", settings.log_level, settings.log_format)
     # The front says when to stop, also where a signal goes to the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -44,7 +48,11 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
         failed = engine_pb2.EngineFailed(reason=error.reason, message=error.message)
         channel.send(engine_pb2.EngineEvent(failed=failed))
     else:
-        engine.run()
+        try:
+            engine.run()
+        except Exception:  # said here, as multiprocessing would not say it in the logs' format
+            _log.critical("the engine failed", exc_info=True)
+            sys.exit(1)
     channel.close()
 
 

@@ -49,7 +49,6 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         )
         self._draining = False
         self.telemetry = status_pb2.Telemetry()
-        self.events_seen = 0
 
     async def ready(self) -> engine_pb2.EngineReady:
         """Waits for the engine's start. Raises its typed start error."""
@@ -57,7 +56,6 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
 
     def apply(self, event: engine_pb2.EngineEvent) -> None:
         """Takes one event of the engine."""
-        self.events_seen += 1
         kind = event.WhichOneof("event")
         if kind == "sampled":
             sampled = event.sampled
@@ -79,10 +77,13 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             self._ready.set_exception(error_type(event.failed.message))
 
     async def drain(self, timeout_s: float) -> None:
-        """Refuses new requests and waits for the running ones."""
+        """Refuses new requests and waits for the running LS ones.
+
+        BE is not waited for: where its streams break off, control planes go on elsewhere.
+        """
         self._draining = True
         deadline = asyncio.get_running_loop().time() + timeout_s
-        while any(not log.ended for log in self._logs.values()):
+        while any(not (log.best_effort or log.ended) for log in self._logs.values()):
             if asyncio.get_running_loop().time() >= deadline:
                 return
             await asyncio.sleep(0.05)
@@ -202,7 +203,8 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self._check(request, self._ready.result())
         best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
         interval_s = self._settings.be_stream_interval_s if best_effort else 0.0
-        log = self._logs[request.request_id] = RequestLog(request.request_id, interval_s)
+        log = RequestLog(request.request_id, interval_s, best_effort=best_effort)
+        self._logs[request.request_id] = log
         now_ns = time.monotonic_ns()  # as the engine's clock
         try:
             self._channel.send(engine_pb2.EngineCommand(submit=request, sent_ns=now_ns))

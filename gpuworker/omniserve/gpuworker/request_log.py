@@ -15,8 +15,11 @@ class RequestLog:
     before they are released together: every message costs CPU time in each process that it passes.
     """
 
-    def __init__(self, request_id: str, interval_s: float = 0.0) -> None:
+    def __init__(
+        self, request_id: str, interval_s: float = 0.0, *, best_effort: bool = False
+    ) -> None:
         self.request_id = request_id
+        self.best_effort = best_effort
         self.tokens: list[int] = []
         self.released = 0
         self.logprobs: list[types_pb2.TokenLogprobs] = []

@@ -1,4 +1,4 @@
-"""Settings of one GPU worker: flags > `OMNISERVE_WORKER_*` environment > defaults."""
+"""Settings of one GPU worker; its environment is OMNISERVE_WORKER_*."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
-from pydantic_settings import BaseSettings, SettingsConfigDict
-from pydantic_settings.exceptions import SettingsError as SourceError
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
 
-from omniserve.errors import SettingsError
+from omniserve.settings import ServiceSettings
 
 
 def _default_cache_dir() -> Path:
@@ -19,26 +18,34 @@ def _default_cache_dir() -> Path:
     return Path(caches) / "omniserve"
 
 
-class WorkerSettings(BaseSettings):
+class WorkerSettings(ServiceSettings):
     """Everything that a worker can be told at start. Frozen; unknown keys fail."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OMNISERVE_WORKER_",
-        frozen=True,
-        extra="forbid",
-        cli_kebab_case=True,
-        cli_prog_name="omniserve-gpuworker",
-        cli_implicit_flags=True,
+        env_prefix="OMNISERVE_WORKER_", cli_prog_name="omniserve-gpuworker"
     )
 
     worker_id: str = Field(
         "w0", description="Name of this worker, unique among those of one Redis."
     )
     listen: str = Field("127.0.0.1:8501", description="Address of the gRPC front.")
+    advertise: str = Field(
+        "",
+        description="Address, host:port, at which control planes reach the front, if it is not "
+        "the one that it listens on, such as 0.0.0.0:8501.",
+    )
     attention_servers: str = Field(
         "", description="Comma-separated gRPC addresses of the attention servers on this host."
     )
-    redis_url: str = Field("", description="Where heartbeats go; none are sent if empty.")
+    redis_url: str = Field("", description="Where heartbeats go, none if empty; rediss:// for TLS.")
+    redis_password_file: Path | None = Field(
+        None, description="File whose first line is the password of Redis."
+    )
+    redis_ca_file: Path | None = Field(
+        None,
+        description="PEM file with the certificates to trust in rediss://; the system's without "
+        "one.",
+    )
     shm_dir: Path = Field(Path("/dev/shm"), description="Folder on tmpfs shared with the servers.")
 
     model: str = Field("SmolLM2-135M-Instruct", description="Name under which the model is served.")
@@ -123,19 +130,12 @@ class WorkerSettings(BaseSettings):
     orphan_lease_s: float = Field(
         10.0, ge=0, description="How long a request goes on after its stream broke."
     )
+    drain_s: float = Field(
+        5.0,
+        ge=0,
+        description="How long running LS requests may go on after SIGTERM; BE is handed back.",
+    )
 
     @property
     def attention_server_addresses(self) -> list[str]:
         return [a for a in self.attention_servers.split(",") if a]
-
-
-def load_settings(arguments: list[str]) -> WorkerSettings:
-    """Reads flags and environment. Raises SettingsError naming the setting."""
-    try:
-        return WorkerSettings(_cli_parse_args=arguments, _cli_exit_on_error=False)  # type: ignore[call-arg]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise SettingsError(f"{name}: {first['msg']}", field=name) from error
-    except SourceError as error:
-        raise SettingsError(str(error)) from error

@@ -140,8 +140,9 @@ def report_table(report: dict[str, Any]) -> Table:
         "boarded rows per LS stage": number(worker["mean_boarded_rows_per_stage"], ".2f"),
         "ring waits / recomputed tokens": f"{worker['ring_waits']} / {worker['recomputed_tokens']}",
     }
-    for server in report["attention_servers"]:
-        rows[f"attention server {server['pid']}: rows, KV read"] = (
+    # By place: in containers all have the same pid.
+    for index, server in enumerate(report["attention_servers"]):
+        rows[f"attention server {index}: rows, KV read"] = (
             f"{server['rows']}, {server['kv_bytes_read'] / 1e6:.0f} MB"
         )
     for name, value in rows.items():

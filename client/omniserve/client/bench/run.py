@@ -27,18 +27,19 @@ FIRST_STATUS_WITHIN_S = 30.0
 
 
 def run_bench(
-    address: str,
+    connect: Callable[..., Client],
     settings: BenchSettings,
     console: Console,
     alive: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Loads the stack at `address`, writes report.json and report.png, returns the report.
+    """Loads a running stack, writes report.json and report.png, returns the report.
 
-    Failed requests are counted, not raised. `alive` is called twice a second and may raise to
-    end the run. Raises UnreachableError if the stack never tells its status.
+    `connect` returns a client of the stack, with the `timeout_s` that it is given. Failed requests
+    are counted, not raised. `alive` is called twice a second and may raise to end the run. Raises
+    UnreachableError if the stack never tells its status.
     """
     # A connection of its own for status, with a short timeout, so that a gap stays a gap.
-    with Client(address) as client, Client(address, timeout_s=STATUS_TIMEOUT_S) as observer:
+    with connect() as client, connect(timeout_s=STATUS_TIMEOUT_S) as observer:
         chat = ChatLoad(client, settings, dialogues())
         backlog = BacklogLoad(client, settings, problems())
         first = _first_status(observer)
