@@ -76,8 +76,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output-cap", type=int, default=200, help="tokens of an LS answer")
     parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=50.0)
-    parser.add_argument("--duration-s", type=float, default=45.0, help="of LS arrivals in a run")
-    parser.add_argument("--settle-s", type=float, default=25.0, help="of the backlog before them")
+    parser.add_argument("--duration-s", type=float, default=150.0, help="of LS arrivals in a run")
+    parser.add_argument("--settle-s", type=float, default=45.0, help="of the backlog before them")
     parser.add_argument("--device-kv-tokens", type=int, default=8192)
     parser.add_argument(
         "--requests", type=int, default=500, help="LS requests per policy at least (default 500)"
