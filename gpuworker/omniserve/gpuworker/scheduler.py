@@ -220,7 +220,7 @@ def best_effort_only(
     *,
     boards: bool = True,
 ) -> Plan | None:
-    """With no LS row: a BE cohort's pass, or a stage of parked rows and rows that decode here."""
+    """With no LS row: a BE cohort's pass or, where most rows are parked, a stage of them."""
     stages = range(max(state.be_cohort_stage, 0), state.stages)
     if state.be_cohort_stage >= 0:
         chunks, load = [], state.be_cohort
@@ -231,7 +231,7 @@ def best_effort_only(
             most = min(most, max(state.limits.be_prefill_tokens, _CHUNK_MIN))
         chunks = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
         load = load_of(chunks)
-    if boards and state.be_host and load.rows == load.decode_rows:
+    if boards and load.rows == load.decode_rows and load.rows < state.parked.rows:
         return _be_stage(state, model, now_ns, chunks, load)
     if not load.rows:
         return None
