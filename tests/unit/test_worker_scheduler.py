@@ -467,3 +467,24 @@ def test_rows_that_decode_on_the_device_join_the_parked_rows_of_their_stage(
     assert plan.stages == range(2, 3)
     assert plan.be_until == (3 if joins else 0)
     assert plan.rows == (65 if joins else 64)
+
+
+def test_a_stream_in_no_hurry_waits_for_a_few_passes_time_at_most() -> None:
+    patient = stream(slack_ms=1)
+    patient.tpot_slo_ns = 3600 * 1000 * MS
+    alone_ns = model().pass_ns(load_of([Chunk(patient, patient.computed, 1)]))
+    patient.last_token_ns = NOW_NS - int(8 * alone_ns)
+    plan = plan_for(state_with_gathered(patient))
+    assert plan is not None
+    assert plan.regime is Regime.BE_STAGE
+    patient.last_token_ns = NOW_NS - int(10 * alone_ns)
+    plan = plan_for(state_with_gathered(patient))
+    assert plan is not None
+    assert [c.request.request_id for c in plan.ls] == ["stream"]
+
+
+def test_few_parked_rows_ride_with_the_next_pass() -> None:
+    plan = plan_for(state_with_gathered(stream(slack_ms=95), rows=2))
+    assert plan is not None
+    assert [c.request.request_id for c in plan.ls] == ["stream"]
+    assert plan.allowance(2) >= 2

@@ -18,6 +18,8 @@ from omniserve.gpuworker.requests import Request
 # Streams need not be faster than this part of their TPOT while BE rows could run in between. The
 # rest is time in hand for when a burst of prompts takes more than its turn.
 _PACE = 0.5
+# Nor do they wait for longer than so many passes of their own would take: those cost little then.
+_PAUSE_PASSES = 10
 # BE work in flight may take this part of what a newcomer can spare: others may follow it.
 _NEWCOMER_SHARE = 0.1
 
@@ -89,13 +91,18 @@ def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
     return slack
 
 
-def pause_ns(state: EngineState, now_ns: int) -> float:
-    """How long the decode rows of all streams may wait; nothing while a prompt does."""
+def pause_ns(state: EngineState, pass_ns: float, now_ns: int) -> float:
+    """How long a pass of the decode rows of all streams, which takes `pass_ns`, may wait.
+
+    Nothing while a prompt waits.
+    """
     if prompts(state, waiting=True):
         return 0.0
     aim = 1.0 - state.limits.safety_margin
-    paced = min(r.last_token_ns + _PACE * aim * r.tpot_slo_ns for r in state.ls_running)
-    return min(paced - now_ns, streams_slack_ns(state, aim, now_ns))
+    tpot_ns = min(r.tpot_slo_ns for r in state.ls_running)
+    gap_ns = min(_PACE * aim * tpot_ns, _PAUSE_PASSES * pass_ns)
+    paced_ns = min(r.last_token_ns for r in state.ls_running) + gap_ns - now_ns
+    return min(paced_ns, streams_slack_ns(state, aim, now_ns)) - pass_ns
 
 
 def prompts(state: EngineState, *, waiting: bool = False) -> list[Request]:

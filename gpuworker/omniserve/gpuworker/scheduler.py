@@ -23,6 +23,9 @@ from omniserve.gpuworker.requests import Place, Request
 DEVICE_BE_SHARE = 0.7
 # A chunk that is sure to run is at least this large: the most urgent LS prompt would starve.
 _CHUNK_MIN = 16
+# Parked rows get a stage of their own between LS passes if it costs at most so many times what
+# they would add to a stage with LS rows.
+_ALONE_COST = 2.0
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -199,8 +202,11 @@ def between_passes(
     """
     if not state.parked.rows:
         return None
-    pause = deadlines.pause_ns(state, now_ns) - cost_ns(model, load_of(ls), Regime.LS_DECODE)
-    if pause <= 0 or state.parked.ready.max() < boarding.good_rows(state.parked, model):
+    ready = int(state.parked.ready.max())
+    if ready < boarding.good_rows(state.parked, model) or not _pays(model, ready, len(ls)):
+        return None
+    pause = deadlines.pause_ns(state, cost_ns(model, load_of(ls), Regime.LS_DECODE), now_ns)
+    if pause <= 0:
         return None
     decodes = state.be_cohort.decode_rows == state.be_cohort.rows
     if state.be_cohort_stage >= 0:
@@ -210,6 +216,17 @@ def between_passes(
         load = load_of(chunks)
     plan = _be_stage(state, model, now_ns, chunks, load)
     return plan if plan is not None and plan.predicted_ns <= pause else None
+
+
+def _pays(model: LatencyModel, rows: int, ls_rows: int) -> bool:
+    """Whether a stage of `rows` alone costs little more than they would beside LS rows.
+
+    Few rows ride for next to nothing, as the weights are read anyway.
+    """
+    stairs = model.middle
+    riding_ns = stairs[ls_rows + rows] - stairs[ls_rows]
+    alone_ns = stairs[rows] * model.factor(Regime.BE_STAGE, rows)
+    return alone_ns <= _ALONE_COST * riding_ns
 
 
 def best_effort_only(
