@@ -13,6 +13,15 @@ constexpr std::uint64_t kWorthWaking = 4u << 20;
 // So that a thread which was kept from running holds up the others for a part of the work only.
 constexpr std::uint32_t kUnitsPerThread = 2;
 
+// Blocks that a unit reads at most.
+std::uint64_t pages_of(const AttendUnit& unit) {
+  const std::uint32_t last_row = (unit.first_query + unit.queries - 1) / unit.group;
+  const std::uint32_t end = std::min(chunk_first_page(unit.last_chunk + 1, unit.page_tokens),
+                                     (unit.first_position + last_row) / unit.page_tokens + 1);
+  const std::uint32_t first = chunk_first_page(unit.first_chunk, unit.page_tokens);
+  return std::uint64_t{end - first} * unit.kv_heads;
+}
+
 }  // namespace
 
 void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t heads,
@@ -26,7 +35,7 @@ void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
   std::uint64_t chunks = 0;  // of single rows
   for (const Segment& s : segments) {
     products += std::uint64_t{s.rows} * heads * g.head_dim * (s.first_position + s.rows);
-    if (s.rows == 1) chunks += s.first_position / chunk_tokens(g.page_tokens) + 1;
+    if (s.rows == 1) chunks += chunk_of(s.first_position, g.page_tokens) + 1;
   }
   const bool share = pool.threads() > 1 && (pool.spins() || products >= kWorthWaking);
   const unsigned threads = share ? pool.threads() : 1;
@@ -70,13 +79,12 @@ void Attention::cut(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
   for (std::uint32_t first = 0; first < queries; first += most) {
     unit.first_query = first;
     unit.queries = std::min(most, queries - first);
-    const std::uint32_t chunk = chunk_tokens(g.page_tokens);
     const std::uint32_t first_end = s.first_position + first / unit.group + 1;
     const std::uint32_t last_end = s.first_position + (first + unit.queries - 1) / unit.group + 1;
     const std::uint32_t seen_from =
         options.window != 0 && first_end > options.window ? first_end - options.window : 0;
-    unit.first_chunk = seen_from / chunk;
-    unit.last_chunk = (last_end - 1) / chunk;
+    unit.first_chunk = chunk_of(seen_from, g.page_tokens);
+    unit.last_chunk = chunk_of(last_end - 1, g.page_tokens);
     add_units(unit, pages, layer, s, options, s.rows == 1 ? unit_heads : 1);
   }
 }
@@ -131,17 +139,23 @@ void Attention::place_partials() {
   }
 }
 
-// Neighbouring units go to one thread, so that it reads on where it stopped.
+// Neighbouring units go to one thread, so that it reads on where it stopped. Shares read alike many
+// pages.
 void Attention::share_out(unsigned threads) {
   if (share_count_ != threads) {
     shares_ = std::make_unique<Share[]>(threads);
     share_count_ = threads;
   }
-  const std::size_t count = units_.size();
+  std::uint64_t pages = 0;
+  for (const AttendUnit& unit : units_) pages += pages_of(unit);
+  std::uint64_t before = 0;  // pages of the units that have a share
+  std::uint32_t i = 0;
   for (unsigned t = 0; t < threads; ++t) {
-    shares_[t].next.store(static_cast<std::uint32_t>(count * t / threads),
-                          std::memory_order_relaxed);
-    shares_[t].end = static_cast<std::uint32_t>(count * (t + 1) / threads);
+    shares_[t].next.store(i, std::memory_order_relaxed);
+    // A unit goes where its middle lies.
+    while (i < units_.size() && (2 * before + pages_of(units_[i])) * threads < 2 * pages * (t + 1))
+      before += pages_of(units_[i++]);
+    shares_[t].end = i;
   }
   workers_.store(0, std::memory_order_relaxed);
 }

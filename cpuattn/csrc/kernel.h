@@ -26,7 +26,7 @@ struct AttendUnit {
   std::uint32_t first_query;
   std::uint32_t queries;  // of each kv head; kv_heads * queries is at most kUnitQueries
   std::uint32_t first_position;
-  std::uint32_t first_chunk;  // chunks first_chunk .. last_chunk, see chunk_tokens()
+  std::uint32_t first_chunk;  // chunks first_chunk .. last_chunk, see chunk_first_page()
   std::uint32_t last_chunk;
   std::uint32_t window;    // 0 = all tokens
   float scale;             // of scores
@@ -42,11 +42,17 @@ constexpr std::uint32_t kMaxHeadDim = 256;
 constexpr std::uint32_t kMaxPageTokens = 64;
 constexpr std::uint32_t kMaxGroup = 16;
 
-// A sequence is cut into chunks of this many tokens, from token 0. Each is attended on its own,
-// and the results are joined in order, whoever computed them: so a row's result depends neither on
-// its batch nor on the number of threads.
-constexpr std::uint32_t chunk_tokens(std::uint32_t page_tokens) {
-  return 512 / page_tokens * page_tokens;
+// A sequence is cut into chunks at fixed tokens. Each is attended on its own, and the results are
+// joined in order, whoever computed them: so a row's result depends neither on its batch nor on the
+// number of threads. The first two have about 512 tokens, so that threads share a short sequence;
+// the others have twice as many, for each costs memory traffic and a pause of the reading.
+constexpr std::uint32_t chunk_first_page(std::uint32_t chunk, std::uint32_t page_tokens) {
+  return (chunk < 2 ? chunk : 2 * (chunk - 1)) * (512 / page_tokens);
+}
+// The chunk that a token belongs to.
+constexpr std::uint32_t chunk_of(std::uint32_t token, std::uint32_t page_tokens) {
+  const std::uint32_t half = token / page_tokens / (512 / page_tokens);
+  return half < 2 ? half : 1 + half / 2;
 }
 
 // Floats of one query in `partial`: its output, then maximum and sum of its softmax.

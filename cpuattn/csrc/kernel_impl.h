@@ -21,10 +21,11 @@ constexpr int kBlockQueries = 8;  // of one pass over a tile: their sums stay in
 constexpr int kBlockQueries = 4;
 #endif
 
-// What a unit keeps between tiles. Rows of `out` and `total` have head_dim floats.
+// What a unit keeps between tiles. Rows of `out` and `total` have head_dim floats. Begins on a page,
+// for where it lay on the stack changed the speed of large groups by up to 4 %.
 template <typename F>
 struct State {
-  alignas(64) std::uint32_t q[kUnitQueries * F::kTerms * kMaxHeadDim / F::kPacking];
+  alignas(4096) std::uint32_t q[kUnitQueries * F::kTerms * kMaxHeadDim / F::kPacking];
   alignas(64) float out[kUnitQueries * kMaxHeadDim];    // of this chunk
   alignas(64) float total[kUnitQueries * kMaxHeadDim];  // of the chunks before it
   alignas(64) float sum[kUnitQueries][kLanes];
@@ -344,6 +345,11 @@ INLINE void end_chunk(State<F>& s, const AttendUnit& u) {
 
 template <typename F>
 void attend(const AttendUnit& u, const AttendUnit* next) {
+  Cursor cursor(u);
+  Tile tile = cursor.tile();
+  // What nobody has fetched yet if this is a thread's first unit.
+  for (std::size_t at = 0; at < kFetchAhead; at += 64)
+    __builtin_prefetch(tile.first_head.at[0] + at, 0, 3);
   State<F> s;
   prepare_queries(s, u);
   for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
@@ -352,18 +358,18 @@ void attend(const AttendUnit& u, const AttendUnit* next) {
   }
   for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.total + d, Vec{});
 
-  const std::uint32_t chunk_pages = chunk_tokens(u.page_tokens) / u.page_tokens;
-  Cursor cursor(u);
-  Tile tile = cursor.tile();
+  std::uint32_t next_chunk = u.first_chunk + 1;
   start_chunk(s, u);
-  while (!cursor.done()) {
+  for (;;) {
     cursor.advance();
     const bool last = cursor.done();
     const Tile ahead = !last ? cursor.tile() : next != nullptr ? Cursor(*next).tile() : tile;
     visit_all(s, u, tile, ahead);
-    if (last || cursor.page % chunk_pages == 0) {
+    if (last || cursor.page == chunk_first_page(next_chunk, u.page_tokens)) {
       end_chunk(s, u);
+      if (last) break;
       start_chunk(s, u);
+      ++next_chunk;
     }
     tile = ahead;
   }

@@ -47,12 +47,12 @@ struct Cursor {
 
   explicit INLINE Cursor(const AttendUnit& u) : unit(&u) {
     tile_pages = kTileTokens / u.page_tokens;
-    const std::uint32_t chunk_pages = chunk_tokens(u.page_tokens) / u.page_tokens;
     const std::uint32_t tokens =
         u.first_position + (u.first_query + u.queries - 1) / u.group + 1;
     const std::uint32_t pages = (tokens + u.page_tokens - 1) / u.page_tokens;
-    page = u.first_chunk * chunk_pages;
-    end_page = (u.last_chunk + 1) * chunk_pages < pages ? (u.last_chunk + 1) * chunk_pages : pages;
+    page = chunk_first_page(u.first_chunk, u.page_tokens);
+    end_page = chunk_first_page(u.last_chunk + 1, u.page_tokens);
+    if (end_page > pages) end_page = pages;
   }
   INLINE bool done() const { return page >= end_page; }
   INLINE Tile tile() const {

@@ -91,7 +91,7 @@ CASES = st.builds(
     page_tokens=st.sampled_from((16, 32, 48, 64)),
     segments=st.lists(
         st.tuples(
-            st.one_of(st.integers(0, 150), st.integers(0, 1300)),
+            st.one_of(st.integers(0, 150), st.integers(0, 2200)),
             st.one_of(st.just(1), st.integers(0, 40)),
         ),
         min_size=1,
