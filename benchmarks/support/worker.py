@@ -45,6 +45,7 @@ def serve(
         "page-tokens": PAGE_TOKENS,
         "device-kv-tokens": device_kv_tokens,
         "be-sequences-max": sequences,
+        "be-stream-interval-s": 1.0,  # as it is by default
     }
     return WorkerStack(
         servers=servers,

@@ -136,6 +136,7 @@ class WorkerStack:
                 "dtype": "float32",
                 "threads": 1,  # two would wait for each other whenever a server has a core
                 "be-sequences-max": MODEL.max_sequences,
+                "be-stream-interval-s": 0.0,  # tests step in between two tokens
                 "attention-servers": addresses,
             }
             self.worker = self._start("omniserve.gpuworker", flags | dict(worker_flags), "worker")
