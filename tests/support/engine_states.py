@@ -8,8 +8,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from omniserve.gpuworker.engine_state import EngineState, Limits
-from omniserve.gpuworker.latency_model import Load
+from omniserve.gpuworker.latency_model import LatencyModel, Load
 from omniserve.gpuworker.parking import StageCounts
+from omniserve.gpuworker.plan import Plan
+from omniserve.gpuworker.policies import POLICIES, Options
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.latency import LatencyProfile
 
@@ -18,6 +20,7 @@ LAYERS = 4
 STAGES = LAYERS + 1
 PAGE_TOKENS = 16
 NOW_NS = 1_000 * MS
+PREFILL_MAX = 128
 
 PROFILE = LatencyProfile(
     hardware="none",
@@ -166,4 +169,39 @@ def states(draw: st.DrawFn, *, ls_max: int = 6, be_max: int = 6) -> EngineState:
         state.be_cohort_stage = draw(st.integers(0, LAYERS))
         rows = draw(st.integers(1, 80))
         state.be_cohort = Load.decode(50) + Load.prefill(draw(st.integers(0, 90)), rows, last=True)
+    return state
+
+
+def model() -> LatencyModel:
+    return LatencyModel(PROFILE, LAYERS)
+
+
+def plan_for(state: EngineState, latency: LatencyModel | None = None) -> Plan | None:
+    policy = POLICIES["omniserve"](Options(PREFILL_MAX, "auto"))
+    return policy.plan(state, latency or model(), NOW_NS)
+
+
+def stream(name: str = "stream", *, slack_ms: int = 50, context: int = 100) -> Request:
+    """A running LS stream whose next token is due in `slack_ms`."""
+    tpot = 100 * MS
+    last = NOW_NS + slack_ms * MS - tpot
+    return request(
+        name,
+        Place.PREFILLING,
+        prompt=context - 1,
+        generated=1,
+        latency_sensitive=True,
+        ttft_slo_ns=1000 * MS,
+        tpot_slo_ns=tpot,
+        first_token_ns=last,
+        last_token_ns=last,
+    )
+
+
+def state_with(*ls: Request, be: tuple[Request, ...] = ()) -> EngineState:
+    state = EngineState(1000, PAGE_TOKENS, STAGES, blocks_free=500)
+    state.limits = Limits(safety_margin=0.0)
+    state.parked = StageCounts.empty(STAGES)
+    state.ls_running.extend(ls)
+    state.be_device.extend(be)
     return state

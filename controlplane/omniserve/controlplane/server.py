@@ -54,11 +54,11 @@ async def serve(settings: Settings) -> None:
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=access.interceptors(settings))
     # Before the slow steps: a port in use shows at once.
     bind(server, settings.listen, access.credentials(settings))
-    redis = store.connect(
+    redis = redis_access.connect(
         settings.redis_url,
-        redis_access.options(
-            settings.redis_url, settings.redis_password_file, settings.redis_ca_file
-        ),
+        settings.redis_password_file,
+        settings.redis_ca_file,
+        answer_s=store.ANSWER_S,
     )
     words = tokenizer.load(Path(settings.model_path))
     router = Router(redis, settings.model)

@@ -9,12 +9,9 @@ import json
 import logging
 from collections.abc import Awaitable, Callable
 
-import redis.asyncio
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+import redis.exceptions
 
 from omniserve import keys, redis_access
-from omniserve.errors import SettingsError
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import worker_pb2
 
@@ -31,19 +28,12 @@ class Heartbeat:
 
     def __init__(self, settings: WorkerSettings) -> None:
         """Raises SettingsError for a URL or files that cannot be used."""
-        url = settings.redis_url
-        options = redis_access.options(url, settings.redis_password_file, settings.redis_ca_file)
-        try:
-            self._redis = redis.asyncio.from_url(
-                url,
-                socket_connect_timeout=_ANSWER_S,
-                socket_timeout=_ANSWER_S,
-                # One retry on a fresh connection: the server may have been restarted meanwhile.
-                retry=Retry(NoBackoff(), 1),
-                **options,
-            )
-        except ValueError as error:
-            raise SettingsError(f"redis_url: {error}", field="redis_url") from error
+        self._redis = redis_access.connect(
+            settings.redis_url,
+            settings.redis_password_file,
+            settings.redis_ca_file,
+            answer_s=_ANSWER_S,
+        )
         self._key = keys.worker(settings.worker_id)
         self._address = settings.advertise or settings.listen
         self._reached = True
@@ -58,7 +48,7 @@ class Heartbeat:
                     redis_access.raise_if_cancelled()
                 await asyncio.sleep(_PERIOD_S)
         finally:
-            with contextlib.suppress(redis.asyncio.RedisError, OSError):
+            with contextlib.suppress(redis.exceptions.RedisError, OSError):
                 await self._redis.delete(self._key)
             await self._redis.aclose()
 
@@ -67,7 +57,7 @@ class Heartbeat:
         beat = json.dumps({"address": self._address, "status": packed})
         try:
             await self._redis.set(self._key, beat, px=int(keys.HEARTBEAT_TTL_S * 1000))
-        except (redis.asyncio.RedisError, OSError) as error:
+        except (redis.exceptions.RedisError, OSError) as error:
             if self._reached:
                 _log.warning("redis lost: %s", error)
             self._reached = False

@@ -1,0 +1,138 @@
+"""How parked rows gather and when their stages run: without LS, and between LS passes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from support.engine_states import (
+    MS,
+    NOW_NS,
+    STAGES,
+    model,
+    plan_for,
+    request,
+    stage_counts,
+    state_with,
+    stream,
+)
+
+from omniserve.gpuworker.boarding import PATIENCE_NS, pick_stage
+from omniserve.gpuworker.cohort import Chunk, load_of
+from omniserve.gpuworker.engine_state import EngineState
+from omniserve.gpuworker.latency_model import Regime
+from omniserve.gpuworker.parking import StageCounts
+from omniserve.gpuworker.requests import Place, Request
+
+
+@given(stage_counts())
+def test_parked_rows_wait_for_their_stage_but_not_for_a_stopped_server(
+    parked: StageCounts,
+) -> None:
+    stage = pick_stage(parked, model(), NOW_NS)
+    waited = (parked.oldest_ready_ns < NOW_NS - PATIENCE_NS) & (parked.ready > 0)
+    complete = (parked.ready > 0) & (parked.away == 0)
+    if stage is None:
+        assert not waited.any()
+        assert not complete.any()
+        return
+    rows = int(parked.ready.sum() + parked.away.sum())
+    stairs, here = model().middle, int(parked.ready[stage])
+    full = -(-rows // 2)
+    good = here / stairs[here] >= 0.9 * full / stairs[full] * (1 - 1e-9)
+    assert waited[stage] or complete[stage] or good
+
+
+@given(stage_counts())
+def test_without_ls_some_stage_runs_whenever_rows_are_ready_and_none_is_away(
+    parked: StageCounts,
+) -> None:
+    parked.away[:] = 0
+    assert (pick_stage(parked, model(), NOW_NS) is None) == (not parked.ready.any())
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_alone_best_effort_boards_everything_that_waits(rows: int) -> None:
+    state = state_with()
+    state.be_host.extend(request(f"h{i}", Place.HOST, prompt=5, generated=1) for i in range(rows))
+    ready = np.array([0, 0, rows, 0, 0])
+    state.parked = StageCounts(ready, np.zeros(STAGES, np.int64), np.where(ready, 0, NOW_NS))
+    plan = plan_for(state)
+    assert plan is not None
+    assert (plan.stages, plan.allowance(2)) == (range(2, 3), rows)
+
+
+def state_with_gathered(*ls: Request, rows: int = 64, stage: int = 2) -> EngineState:
+    """`rows` parked rows that are all ready at `stage`."""
+    state = state_with(*ls)
+    names = range(rows)
+    state.be_host.extend(request(f"h{i}", Place.HOST, prompt=5, generated=1) for i in names)
+    ready = np.zeros(STAGES, np.int64)
+    ready[stage] = rows
+    state.parked = StageCounts(ready, np.zeros(STAGES, np.int64), np.where(ready, 0, NOW_NS))
+    return state
+
+
+def test_while_streams_can_wait_a_full_stage_of_parked_rows_goes_before_their_pass() -> None:
+    plan = plan_for(state_with_gathered(stream(slack_ms=95)))
+    assert plan is not None
+    assert (plan.regime, plan.stages, plan.ls) == (Regime.BE_STAGE, range(2, 3), ())
+
+
+@pytest.mark.parametrize("slack_ms", [49, 20, 0])
+def test_a_stream_that_has_waited_half_of_its_tpot_waits_no_more(slack_ms: int) -> None:
+    plan = plan_for(state_with_gathered(stream(slack_ms=slack_ms)))
+    assert plan is not None
+    assert [c.request.request_id for c in plan.ls] == ["stream"]
+
+
+def test_a_prompt_waits_for_no_stage_of_parked_rows() -> None:
+    prompt = request(
+        "prompt",
+        Place.PREFILLING,
+        prompt=40,
+        latency_sensitive=True,
+        arrival_ns=NOW_NS,
+        ttft_slo_ns=1000 * MS,
+        tpot_slo_ns=100 * MS,
+    )
+    plan = plan_for(state_with_gathered(stream(slack_ms=95), prompt))
+    assert plan is not None
+    assert {c.request.request_id for c in plan.ls} == {"stream", "prompt"}
+
+
+@pytest.mark.parametrize(("cohort_stage", "joins"), [(2, True), (3, False)])
+def test_rows_that_decode_on_the_device_join_the_parked_rows_of_their_stage(
+    cohort_stage: int, joins: bool
+) -> None:
+    state = state_with_gathered()
+    resident = request("resident", Place.DEVICE, prompt=20, generated=2, server=0)
+    state.be_device.append(resident)
+    state.be_cohort_stage, state.be_cohort = cohort_stage, load_of([Chunk(resident, 21, 1)])
+    state.be_cohort_since_ns = NOW_NS
+    plan = plan_for(state)
+    assert plan is not None
+    assert plan.stages == range(2, 3)
+    assert plan.be_until == (3 if joins else 0)
+    assert plan.rows == (65 if joins else 64)
+
+
+def test_a_stream_in_no_hurry_waits_for_a_few_passes_time_at_most() -> None:
+    patient = stream(slack_ms=1)
+    patient.tpot_slo_ns = 3600 * 1000 * MS
+    alone_ns = model().pass_ns(load_of([Chunk(patient, patient.computed, 1)]))
+    patient.last_token_ns = NOW_NS - int(8 * alone_ns)
+    plan = plan_for(state_with_gathered(patient))
+    assert plan is not None
+    assert plan.regime is Regime.BE_STAGE
+    patient.last_token_ns = NOW_NS - int(10 * alone_ns)
+    plan = plan_for(state_with_gathered(patient))
+    assert plan is not None
+    assert [c.request.request_id for c in plan.ls] == ["stream"]
+
+
+def test_few_parked_rows_ride_with_the_next_pass() -> None:
+    plan = plan_for(state_with_gathered(stream(slack_ms=95), rows=2))
+    assert plan is not None
+    assert [c.request.request_id for c in plan.ls] == ["stream"]
+    assert plan.allowance(2) >= 2
