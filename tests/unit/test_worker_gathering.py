@@ -17,6 +17,7 @@ from support.engine_states import (
     stream,
 )
 
+from omniserve.gpuworker.be_stages import following
 from omniserve.gpuworker.boarding import PATIENCE_NS, pick_stage
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
@@ -136,3 +137,76 @@ def test_few_parked_rows_ride_with_the_next_pass() -> None:
     assert plan is not None
     assert [c.request.request_id for c in plan.ls] == ["stream"]
     assert plan.allowance(2) >= 2
+
+
+def gathered_in(*stages: int, rows: int = 64) -> EngineState:
+    """`rows` parked rows at each of `stages`; those of the first are ready, the others away."""
+    state = state_with_gathered(rows=rows, stage=stages[0])
+    names = range(rows * len(stages))
+    state.be_host.extend(request(f"o{i}", Place.HOST, prompt=5, generated=1) for i in names)
+    for stage in stages[1:]:
+        state.parked.away[stage] = rows
+    return state
+
+
+def ready_at(*stages: int, rows: int = 64) -> list[int]:
+    return [rows if stage in stages else 0 for stage in range(STAGES)]
+
+
+def test_a_run_of_stages_takes_gathered_cohorts_in_turns_as_they_come_back() -> None:
+    state = gathered_in(0, 2)
+    first = plan_for(state)
+    assert first is not None
+    assert first.stages == range(1)
+    second = following(state, model(), first, ready_at(2), NOW_NS)
+    assert second is not None
+    assert second.stages == range(2, 3)
+    assert second.rows == 64
+    third = following(state, model(), second, ready_at(1, 3), NOW_NS)
+    assert third is not None
+    assert third.stages == range(1, 2)
+
+
+def test_a_run_takes_rows_that_decode_on_the_device_along() -> None:
+    state = gathered_in(0, 2)
+    first = plan_for(state)
+    assert first is not None
+    resident = request("resident", Place.DEVICE, prompt=20, generated=2, server=0)
+    state.be_cohort_stage, state.be_cohort = 2, load_of([Chunk(resident, 21, 1)])
+    second = following(state, model(), first, ready_at(2), NOW_NS)
+    assert second is not None
+    assert (second.rows, second.be_until) == (65, 3)
+
+
+def test_a_run_ends_where_few_rows_are_back_or_its_time_is_over_or_tokens_were_sampled() -> None:
+    state = gathered_in(0, 2)
+    first = plan_for(state)
+    assert first is not None
+    assert first.run is not None
+    assert following(state, model(), first, ready_at(2, rows=3), NOW_NS) is None
+    assert following(state, model(), first, ready_at(2), first.run.until_ns) is None
+    sampled = plan_for(gathered_in(STAGES - 1, 2))
+    assert sampled is not None
+    assert following(state, model(), sampled, ready_at(2), NOW_NS) is None
+
+
+def test_a_run_beside_streams_ends_before_their_pass() -> None:
+    state = gathered_in(0, 2)
+    state.ls_running.append(stream(slack_ms=95))
+    first = plan_for(state)
+    assert first is not None
+    assert first.run is not None
+    assert first.regime is Regime.BE_STAGE
+    stage_ns = model().stage_ns(2, 64)
+    in_time = first.run.until_ns - int(stage_ns) - 1
+    assert following(state, model(), first, ready_at(2), in_time) is not None
+    assert following(state, model(), first, ready_at(2), in_time + 2) is None
+
+
+def test_nothing_follows_a_stage_of_few_rows() -> None:
+    state = gathered_in(0, 2)
+    state.parked.ready[:] = [0, 1, 0, 0, 0]
+    state.parked.oldest_ready_ns[1] = 0
+    plan = plan_for(state)
+    assert plan is not None
+    assert (plan.stages, plan.run) == (range(1, 2), None)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from omniserve.attnkernel import Bell
-from omniserve.gpuworker import boarding, deadlines
+from omniserve.gpuworker import be_stages, boarding, deadlines
 from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
@@ -79,14 +79,26 @@ class Engine:
             now = self._clock_ns()
             # Memory came free for LS: nothing else starts before it is decided who gets it.
             plan = None if gave_back else self._policy.plan(self._state, self._model, now)
-            if plan is not None:
+            if plan is None and not gave_back:
+                self._publish(now)
+                self._rest(seen)
+                continue
+            while plan is not None:
                 self._log.begin(plan, now, self._moves_ns + self._clock_ns() - now)
                 self._run_pass(plan, now)
+                self._moves_ns, now = 0, self._clock_ns()
+                plan = self._following(plan, now)
             self._publish(now)
-            if plan is None and not gave_back:
-                self._rest(seen)
         self._lifecycle.check_integrity()
         self._log.write()
+
+    def _following(self, plan: Plan, now_ns: int) -> Plan | None:
+        """The next stage of a run of BE stages; None if everything is to be looked at again."""
+        if plan.run is None or not self._inbox.is_empty():
+            return None
+        self._observe_cohort()
+        ready = self._parking.ready
+        return be_stages.following(self._state, self._model, plan, ready, now_ns)
 
     def _run_pass(self, plan: Plan, decided_ns: int) -> None:
         """Runs the plan's stages; BE leaves at a stage boundary if a newcomer needs the time."""

@@ -28,6 +28,11 @@ class Inbox:
         self._pending += self._channel.receive_if_rung()
         return [_arrival(command) for command in self._pending if _is_ls(command)]
 
+    def is_empty(self) -> bool:
+        """Whether no command has come since the last `drain`."""
+        self._pending += self._channel.receive_if_rung()
+        return not self._pending
+
     def drain(self) -> None:
         """Applies every command that has arrived."""
         commands, self._pending = [*self._pending, *self._channel.receive()], []

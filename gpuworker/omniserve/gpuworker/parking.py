@@ -162,6 +162,11 @@ class ParkingLot:
     def is_away(self, row: int) -> bool:
         return bool(self._state[row] == _AWAY)
 
+    @property
+    def ready(self) -> npt.NDArray[np.int64]:
+        """Ready rows of each stage, [stages]; not to be changed."""
+        return self._ready
+
     def ready_at(self, stage: int) -> int:
         return int(self._ready[stage])
 

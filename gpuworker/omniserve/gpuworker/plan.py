@@ -10,6 +10,18 @@ from omniserve.gpuworker.latency_model import Regime
 
 
 @dataclass(frozen=True)
+class Run:
+    """Stages of gathered BE rows in turns, each with a decision on the parking lot alone."""
+
+    cohorts: tuple[int, ...]
+    """Stages where rows have gathered; who waits longest is first."""
+    rows: int
+    """Fewest that a stage of the run has."""
+    until_ns: int
+    """When it ends; a command or a sampled token ends it before."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """One iteration. `stages` are run in order, as often as they are named."""
 
@@ -34,6 +46,8 @@ class Plan:
     ls_ns: float = 0.0
     """Part of `predicted_ns` that LS rows alone would take."""
     predicted_ns: float = 0.0
+    run: Run | None = None
+    """Of a stage of BE rows alone: what may follow it."""
 
     def allowance(self, stage: int) -> int:
         return self.allowances[stage] if self.allowances else 0

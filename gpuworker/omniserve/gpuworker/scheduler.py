@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from omniserve.gpuworker import boarding, deadlines
+from omniserve.gpuworker import boarding
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.deadlines import budget_ns, prompts, streams_slack_ns
 from omniserve.gpuworker.engine_state import EngineState
@@ -22,10 +22,7 @@ from omniserve.gpuworker.requests import Place, Request
 # it gets this part of what is left (OmniServe's stricter margin).
 DEVICE_BE_SHARE = 0.7
 # A chunk that is sure to run is at least this large: the most urgent LS prompt would starve.
-_CHUNK_MIN = 16
-# Parked rows get a stage of their own between LS passes if it costs at most so many times what
-# they would add to a stage with LS rows.
-_ALONE_COST = 2.0
+CHUNK_MIN = 16
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -55,7 +52,7 @@ def ls_chunks(
     load = load_of(chunks)
     slack = streams_slack_ns(state, 1.0 - state.limits.safety_margin, now_ns)
     left = prefill_tokens_max
-    least = _CHUNK_MIN
+    least = CHUNK_MIN
     for request in prompts(state):
         limit = min(request.known - request.computed, left)
         fitting = largest_chunk(model, load, request, limit, slack, Regime.LS_PREFILL)
@@ -169,7 +166,7 @@ def beside_ls(
     if any(allowed):
         stage_ns = fixed_ns * factor / state.stages
         rows = boarding.expected(state.parked, allowed, stage_ns)
-        boarded_ns = _boarded_ns(model, load, rows)
+        boarded_ns = added_ns(model, load, rows)
     elif regime is Regime.BOARDING:
         regime, factor = alone_regime, model.factor(alone_regime, load.rows)
     return Plan(
@@ -193,114 +190,6 @@ def ls_regime(ls: Sequence[Chunk]) -> Regime:
     return Regime.LS_DECODE if decode_only else Regime.LS_PREFILL
 
 
-def between_passes(
-    state: EngineState, model: LatencyModel, now_ns: int, ls: list[Chunk]
-) -> Plan | None:
-    """A stage of BE rows alone that runs well, while all LS streams can wait for their pass.
-
-    LS rows share their passes, and BE rows a stage, with more of their kind.
-    """
-    if not state.parked.rows:
-        return None
-    ready = int(state.parked.ready.max())
-    if ready < boarding.good_rows(state.parked, model) or not _pays(model, ready, len(ls)):
-        return None
-    pause = deadlines.pause_ns(state, cost_ns(model, load_of(ls), Regime.LS_DECODE), now_ns)
-    if pause <= 0:
-        return None
-    decodes = state.be_cohort.decode_rows == state.be_cohort.rows
-    if state.be_cohort_stage >= 0:
-        chunks, load = [], state.be_cohort if decodes else Load()
-    else:
-        chunks = be_chunks(state, model, Load(), float("inf"), 0, Regime.BE_STAGE)
-        load = load_of(chunks)
-    plan = _be_stage(state, model, now_ns, chunks, load)
-    return plan if plan is not None and plan.predicted_ns <= pause else None
-
-
-def _pays(model: LatencyModel, rows: int, ls_rows: int) -> bool:
-    """Whether a stage of `rows` alone costs little more than they would beside LS rows.
-
-    Few rows ride for next to nothing, as the weights are read anyway.
-    """
-    stairs = model.middle
-    riding_ns = stairs[ls_rows + rows] - stairs[ls_rows]
-    alone_ns = stairs[rows] * model.factor(Regime.BE_STAGE, rows)
-    return alone_ns <= _ALONE_COST * riding_ns
-
-
-def best_effort_only(
-    state: EngineState,
-    model: LatencyModel,
-    now_ns: int,
-    prefill_tokens_max: int,
-    *,
-    boards: bool = True,
-) -> Plan | None:
-    """With no LS row: a BE cohort's pass or, where most rows are parked, a stage of them."""
-    stages = range(max(state.be_cohort_stage, 0), state.stages)
-    if state.be_cohort_stage >= 0:
-        chunks, load = [], state.be_cohort
-    else:
-        # Who waits for memory gets it between two passes: then they must be short.
-        most = prefill_tokens_max
-        if state.ls_waiting:
-            most = min(most, max(state.limits.be_prefill_tokens, _CHUNK_MIN))
-        chunks = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
-        load = load_of(chunks)
-    if boards and load.rows == load.decode_rows and load.rows < state.parked.rows:
-        return _be_stage(state, model, now_ns, chunks, load)
-    if not load.rows:
-        return None
-    everything = (len(state.be_host) if boards else 0,) * state.stages
-    part = len(stages) / state.stages
-    factor = model.factor(Regime.BE_PASS, load.rows)
-    stage_ns = model.pass_ns(load) * factor / state.stages
-    rows = boarding.expected(state.parked, everything, stage_ns)
-    boarded_ns = _boarded_ns(model, load, rows[stages.start :], stages.start)
-    return Plan(
-        stages,
-        (),
-        tuple(chunks),
-        state.stages,
-        everything,
-        everything[0],
-        regime=Regime.BE_PASS,
-        rows=load.rows,
-        predicted_ns=(model.pass_ns(load) * part + boarded_ns) * factor,
-    )
-
-
-def _be_stage(
-    state: EngineState, model: LatencyModel, now_ns: int, chunks: Sequence[Chunk], load: Load
-) -> Plan | None:
-    """One stage of parked rows and of the BE decode rows with `load`, where they are at it too.
-
-    `chunks` are those of a cohort that would begin.
-    """
-    parked, cohort_stage = state.parked, max(state.be_cohort_stage, 0)
-    if load.rows:
-        parked = parked.with_ready(cohort_stage, load.rows, state.be_cohort_since_ns)
-    stage = boarding.pick_stage(parked, model, now_ns)
-    if stage is None:
-        return None
-    rows = int(parked.ready[stage])
-    joins = load.rows > 0 and stage == cohort_stage
-    attention_ns = model.attention_ns(load) if joins and stage < model.layers else 0.0
-    everything = (len(state.be_host),) * state.stages
-    return Plan(
-        range(stage, stage + 1),
-        be=tuple(chunks) if joins else (),
-        be_until=stage + 1 if joins else 0,
-        allowances=everything,
-        boarding_most=everything[0],
-        regime=Regime.BE_STAGE,
-        rows=rows,
-        predicted_ns=(model.stage_ns(stage, rows) + attention_ns)
-        * model.factor(Regime.BE_STAGE, rows),
-    )
-
-
 def _resumed(
     state: EngineState, model: LatencyModel, load: Load, budget: float
 ) -> tuple[int, float]:
@@ -319,9 +208,7 @@ def _resumed(
     return stages, added * stages / state.stages
 
 
-def _boarded_ns(
-    model: LatencyModel, load: Load, rows: Sequence[float], first_stage: int = 0
-) -> float:
+def added_ns(model: LatencyModel, load: Load, rows: Sequence[float], first_stage: int = 0) -> float:
     """What boarding adds to a pass with `load`; `rows` from `first_stage` on."""
     total = 0.0
     for stage, boarded in enumerate(rows, first_stage):

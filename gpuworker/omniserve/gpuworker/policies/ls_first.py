@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from omniserve.gpuworker import scheduler
+from omniserve.gpuworker import be_stages, scheduler
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel
 from omniserve.gpuworker.plan import Plan
@@ -38,7 +38,7 @@ class LsFirst(Policy):
         if ls:
             plan = scheduler.beside_ls(state, model, now_ns, ls, device_share=1.0, boards=False)
         else:
-            alone = scheduler.best_effort_only(state, model, now_ns, most, boards=False)
+            alone = be_stages.best_effort_only(state, model, now_ns, most, boards=False)
             if alone is None:
                 return None
             plan = alone

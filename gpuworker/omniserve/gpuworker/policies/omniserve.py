@@ -8,7 +8,7 @@ boundary, and its KV is mirrored as it is produced, so that its device memory ca
 
 from __future__ import annotations
 
-from omniserve.gpuworker import scheduler
+from omniserve.gpuworker import be_stages, scheduler
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel
 from omniserve.gpuworker.plan import Plan
@@ -24,6 +24,6 @@ class OmniServe(Policy):
         most = self.options.prefill_tokens_max
         ls = scheduler.ls_chunks(state, model, now_ns, most)
         if ls:
-            between = scheduler.between_passes(state, model, now_ns, ls)
+            between = be_stages.between_passes(state, model, now_ns, ls)
             return between or scheduler.beside_ls(state, model, now_ns, ls)
-        return scheduler.best_effort_only(state, model, now_ns, most)
+        return be_stages.best_effort_only(state, model, now_ns, most)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from omniserve.gpuworker import scheduler
+from omniserve.gpuworker import be_stages, scheduler
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel
 from omniserve.gpuworker.plan import Plan
@@ -37,4 +37,4 @@ class Preempt(Policy):
         ls = scheduler.ls_chunks(state, model, now_ns, most)
         if ls:
             return scheduler.beside_ls(state, model, now_ns, ls, device_share=1.0, boards=False)
-        return scheduler.best_effort_only(state, model, now_ns, most, boards=False)
+        return be_stages.best_effort_only(state, model, now_ns, most, boards=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from omniserve.gpuworker import scheduler
+from omniserve.gpuworker import be_stages, scheduler
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.plan import Plan
@@ -36,7 +36,7 @@ class SyncOffload(Policy):
             plan = scheduler.beside_ls(state, model, now_ns, ls, device_share=1.0, boards=False)
             limit = state.limits.be_rows_per_stage
         else:
-            alone = scheduler.best_effort_only(state, model, now_ns, most, boards=False)
+            alone = be_stages.best_effort_only(state, model, now_ns, most, boards=False)
             plan = alone or Plan(range(state.stages), regime=Regime.BE_PASS)
             plan = replace(plan, budget_ns=float("inf"))
             limit = len(state.be_host)
