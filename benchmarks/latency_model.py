@@ -1,8 +1,8 @@
 """How well the worker predicts its iterations, beside how well anything could.
 
 One worker with two attention servers. First and last the same batches again and again (one stream
-that decodes, one prompt of a fixed length): how far such an iteration is from the median of its
-kind is the noise floor. In between a mixed run: LS requests that arrive at random beside a
+that decodes, one prompt of a fixed length, and without LS a BE backlog of equal requests): how far
+such an iteration is from the median of its kind is the noise floor. In between a mixed run: LS requests that arrive at random beside a
 backlog of BE requests, which prefill, decode on the device and board. Every iteration's prediction
 is recorded before it is launched; accuracy is 1 - |predicted - measured| / measured.
 
@@ -10,7 +10,7 @@ is recorded before it is launched; accuracy is 1 - |predicted - measured| / meas
 
 The last line is one JSON object: `mean` and `p10` (exceeded by 90 %) over the iterations of the
 mixed run, `by_regime` (the same with `iterations`), `noise_floor` (`mean`, `p10`, over the repeated
-batches), `of_floor` (both over the floor's), `decision_share` (of the time of the iterations, what
+batches, each regime weighing as much as in the mixed run), `of_floor` (both over the floor's), `decision_share` (of the time of the iterations, what
 decisions took), and `cut_short`: iterations from which BE left on the way, whose
 prediction was of another plan; they are in no accuracy.
 """
@@ -44,6 +44,8 @@ PROMPT_TOKENS = 200
 # Short prompts, so that BE has rows in the parking lot before the run is over.
 BACKLOG = 32
 BACKLOG_PROMPT_TOKENS = 100
+REPEATED_S = 6.0
+"""Of the backlog alone."""
 
 
 def main() -> int:
@@ -91,11 +93,16 @@ def _timed(work: Any) -> tuple[int, int]:
 
 
 def _repeat(stack: WorkerStack) -> None:
-    """The same batches: one decoding stream, then one prompt several times."""
+    """The same batches: a decoding stream, a prompt several times, equal BE requests."""
     prompt = real_prompts()[0][:PROMPT_TOKENS]
     _start(stack, prompt, 128).finish()
     for _ in range(8):
         _start(stack, prompt[::-1], 1).finish()
+    alike = prompt[:BACKLOG_PROMPT_TOKENS]
+    backlog = [_start(stack, alike, 512, best_effort=True) for _ in range(BACKLOG)]
+    time.sleep(REPEATED_S)
+    for stream in backlog:
+        stream.call.cancel()
 
 
 def _mix(stack: WorkerStack, seconds: float, seed: int) -> None:
@@ -143,7 +150,10 @@ def _report(
     for i in whole:
         by_regime[i["regime"]].append(_accuracy(i["predicted_ns"], i["measured_ns"]))
     figures = _figures([a for accuracies in by_regime.values() for a in accuracies])
-    floor = _figures(_floor([_within(iterations, span) for span in repeats]))
+    floor = _floor(
+        [_within(iterations, span) for span in repeats],
+        {regime: len(values) for regime, values in by_regime.items()},
+    )
     return {
         **figures,
         "by_regime": {name: _figures(values) for name, values in sorted(by_regime.items())},
@@ -160,14 +170,30 @@ def _within(iterations: list[Iteration], span: tuple[int, int]) -> list[Iteratio
     return [i for i in iterations if span[0] <= i["decided_ns"] < span[1]]
 
 
-def _floor(repeats: list[list[Iteration]]) -> list[float]:
-    """Accuracy of the median of all like iterations, of those before and after together."""
+def _floor(repeats: list[list[Iteration]], live: dict[str, int]) -> dict[str, Any]:
+    """Accuracy of the median of all like iterations, of those before and after together.
+
+    `live` is how many iterations the mixed run had of each regime: so much they weigh.
+    """
     kinds: dict[tuple[str, int], list[int]] = defaultdict(list)
     for iterations in repeats:
         for i in iterations:
-            kinds[i["regime"], i["rows"]].append(i["measured_ns"])
-    alike = [times for times in kinds.values() if len(times) >= 8]
-    return [_accuracy(float(np.median(times)), t) for times in alike for t in times]
+            if not i["cut_short"]:
+                kinds[i["regime"], i["rows"]].append(i["measured_ns"])
+    accuracies: dict[str, list[float]] = defaultdict(list)
+    for (regime, _), times in kinds.items():
+        if len(times) >= 8:
+            accuracies[regime] += [_accuracy(float(np.median(times)), t) for t in times]
+    values, weights = [], []
+    for regime, of_regime in accuracies.items():
+        values += of_regime
+        weights += [live.get(regime, 0) / len(of_regime)] * len(of_regime)
+    p10 = np.quantile(values, 0.1, weights=weights, method="inverted_cdf")
+    return {
+        "mean": round(float(np.average(values, weights=weights)), 4),
+        "p10": round(float(p10), 4),
+        "iterations": len(values),
+    }
 
 
 def _accuracy(predicted_ns: float, measured_ns: float) -> float:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from support.engine_states import LAYERS, MS, PAGE_TOKENS, PROFILE, STAGES
 
-from omniserve.gpuworker import deadlines
+from omniserve.gpuworker import be_stages, deadlines
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState, Limits
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
@@ -100,9 +100,11 @@ class Simulation:
         plan = self.policy.plan(self.state, self.model, self.now_ns)
         if plan is None:
             return self._wait()
-        self._check_plan(plan)
-        self._run(plan)
-        self._check_memory()
+        while plan is not None:
+            self._check_plan(plan)
+            self._run(plan)
+            self._check_memory()
+            plan = self._following(plan)
         return True
 
     # --- what placement asks -------------------------------------------------------------
@@ -120,6 +122,19 @@ class Simulation:
         return bool(self._sequences) and self.state.pages_for(request.limit) <= self._arena_free
 
     # --- what the engine does ------------------------------------------------------------
+
+    def _following(self, plan: Plan) -> Plan | None:
+        while not (self.arriving and self.arriving[0].arrival_ns <= self.now_ns):
+            self._take_answers()
+            self._observe()
+            ready, away = self.lot.ready_by_stage, self.lot.away_by_stage
+            following = be_stages.following(self.state, self.model, plan, ready, self.now_ns)
+            if following is not None:
+                return following
+            if not be_stages.awaits(self.state, plan, away, self.now_ns):
+                break
+            self.now_ns = int(min(at for at, _ in self._away)) + 1
+        return None
 
     def _run(self, plan: Plan) -> None:
         started_ns = self.now_ns
@@ -351,7 +366,7 @@ class Simulation:
 
     def _check_plan(self, plan: Plan) -> None:
         decoding = [r for r in self.state.ls_running if r.generated]
-        if decoding and plan.regime is Regime.BE_STAGE:
+        if decoding and plan.regime >= Regime.BE_STAGE:
             slack = deadlines.budget_ns(self.state, self.model, self.now_ns)
             assert not plan.ls
             assert plan.predicted_ns <= slack, "a stream cannot wait for this stage"

@@ -17,7 +17,7 @@ from support.engine_states import (
     stream,
 )
 
-from omniserve.gpuworker.be_stages import following
+from omniserve.gpuworker.be_stages import awaits, following
 from omniserve.gpuworker.boarding import PATIENCE_NS, pick_stage
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
@@ -196,7 +196,7 @@ def test_a_run_beside_streams_ends_before_their_pass() -> None:
     first = plan_for(state)
     assert first is not None
     assert first.run is not None
-    assert first.regime is Regime.BE_STAGE
+    assert first.regime is Regime.BE_FIRST_STAGE
     stage_ns = model().stage_ns(2, 64)
     in_time = first.run.until_ns - int(stage_ns) - 1
     assert following(state, model(), first, ready_at(2), in_time) is not None
@@ -210,3 +210,15 @@ def test_nothing_follows_a_stage_of_few_rows() -> None:
     plan = plan_for(state)
     assert plan is not None
     assert (plan.stages, plan.run) == (range(1, 2), None)
+
+
+def test_a_run_waits_for_a_cohort_that_is_away_but_not_while_streams_run() -> None:
+    state = gathered_in(0, 2)
+    first = plan_for(state)
+    assert first is not None
+    assert first.run is not None
+    assert awaits(state, first, ready_at(2), NOW_NS)
+    assert not awaits(state, first, ready_at(3), NOW_NS)
+    assert not awaits(state, first, ready_at(2), first.run.until_ns)
+    state.ls_running.append(stream(slack_ms=95))
+    assert not awaits(state, first, ready_at(2), NOW_NS)

@@ -65,7 +65,7 @@ def test_every_running_stream_decodes_in_every_pass_and_between_them_all_can_wai
     plan = plan_for(state, latency)
     decoding = [r for r in state.ls_running if r.generated > 0]
     assert plan is not None or not decoding
-    if plan is not None and plan.regime is Regime.BE_STAGE and decoding:
+    if plan is not None and plan.regime >= Regime.BE_STAGE and decoding:
         assert not plan.ls
         alone = latency.pass_ns(load_of([Chunk(r, r.computed, 1) for r in decoding]))
         alone *= latency.factor(Regime.LS_DECODE, len(decoding))

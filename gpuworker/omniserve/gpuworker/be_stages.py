@@ -105,8 +105,8 @@ def following(
     Of all that a decision looks at only the rows that are `ready`, by stage, and the BE cohort
     under way have changed since the run began.
     """
-    run = plan.run
-    if run is None or now_ns >= run.until_ns or plan.stages[0] == state.stages - 1:
+    run = _going_on(state, plan, now_ns)
+    if run is None:
         return None
     cohort = state.be_cohort if state.be_cohort.decode_rows == state.be_cohort.rows else Load()
     for stage in run.cohorts:
@@ -125,11 +125,27 @@ def following(
         be_until=stage + 1 if joins else 0,
         allowances=plan.allowances,
         boarding_most=plan.boarding_most,
-        regime=Regime.BE_STAGE,
+        regime=model.be_stage_regime(stage),
         rows=rows,
         predicted_ns=predicted_ns,
         run=Run((*others, stage + 1), run.rows, run.until_ns),
     )
+
+
+def awaits(
+    state: EngineState, plan: Plan, away: Sequence[int] | npt.NDArray[np.int64], now_ns: int
+) -> bool:
+    """Whether the run that `plan` belongs to goes on when rows that are `away` have come back."""
+    run = _going_on(state, plan, now_ns)
+    return run is not None and not state.ls_running and any(away[s] for s in run.cohorts)
+
+
+def _going_on(state: EngineState, plan: Plan, now_ns: int) -> Run | None:
+    """The run of `plan`, unless its time is over or tokens were sampled."""
+    run = plan.run
+    if run is None or now_ns >= run.until_ns or plan.stages[0] == state.stages - 1:
+        return None
+    return run
 
 
 def _pays(model: LatencyModel, rows: int, ls_rows: int) -> bool:
@@ -174,7 +190,7 @@ def _be_stage(
         be_until=stage + 1 if joins else 0,
         allowances=everything,
         boarding_most=everything[0],
-        regime=Regime.BE_STAGE,
+        regime=model.be_stage_regime(stage),
         rows=rows,
         predicted_ns=predicted_ns,
         run=_run(parked, model, stage, int(until_ns)),
@@ -195,4 +211,6 @@ def _run(parked: StageCounts, model: LatencyModel, stage: int, until_ns: int) ->
 def _stage_ns(model: LatencyModel, stage: int, rows: int, cohort: Load) -> float:
     """The prediction for a stage of `rows` BE rows; those of `cohort` attend on the device."""
     attention_ns = model.attention_ns(cohort) if stage < model.layers else 0.0
-    return (model.stage_ns(stage, rows) + attention_ns) * model.factor(Regime.BE_STAGE, rows)
+    return (model.stage_ns(stage, rows) + attention_ns) * model.factor(
+        model.be_stage_regime(stage), rows
+    )

@@ -63,8 +63,8 @@ class Engine:
         self._stages = StageRunner(device, self._parking, self._lifecycle.servers)
         self._be_cohort: Cohort | None = None
         self._log = IterationLog(settings.iteration_log)
-        self._moves_ns = 0
-        """How long the last decision on moves took."""
+        self._deciding_ns = 0
+        """How long the decision took, so far, of what runs next."""
         self._idle = False
         self._rung = bell.value()
         self._look_again = False
@@ -84,21 +84,33 @@ class Engine:
                 self._rest(seen)
                 continue
             while plan is not None:
-                self._log.begin(plan, now, self._moves_ns + self._clock_ns() - now)
+                self._log.begin(plan, now, self._deciding_ns + self._clock_ns() - now)
                 self._run_pass(plan, now)
-                self._moves_ns, now = 0, self._clock_ns()
-                plan = self._following(plan, now)
+                plan = self._following(plan)
+                now = self._clock_ns()
             self._publish(now)
         self._lifecycle.check_integrity()
         self._log.write()
 
-    def _following(self, plan: Plan, now_ns: int) -> Plan | None:
+    def _following(self, plan: Plan) -> Plan | None:
         """The next stage of a run of BE stages; None if everything is to be looked at again."""
-        if plan.run is None or not self._inbox.is_empty():
-            return None
-        self._observe_cohort()
-        ready = self._parking.ready
-        return be_stages.following(self._state, self._model, plan, ready, now_ns)
+        run, parking = plan.run, self._parking
+        while run is not None:
+            seen = self._bell.value()
+            self._lifecycle.take_answers()
+            if not self._inbox.is_empty():
+                break
+            self._observe_cohort()
+            now = self._clock_ns()
+            ready, away = parking.ready_by_stage, parking.away_by_stage
+            following = be_stages.following(self._state, self._model, plan, ready, now)
+            self._deciding_ns = self._clock_ns() - now
+            if following is not None:
+                return following
+            if not be_stages.awaits(self._state, plan, away, now):
+                break
+            self._bell.wait(seen, _WAIT_US)
+        return None
 
     def _run_pass(self, plan: Plan, decided_ns: int) -> None:
         """Runs the plan's stages; BE leaves at a stage boundary if a newcomer needs the time."""
@@ -220,7 +232,7 @@ class Engine:
         state.blocks_free = life.blocks.free
         began = self._clock_ns()
         moves = self._policy.moves(state, life)
-        self._moves_ns = self._clock_ns() - began
+        self._deciding_ns = self._clock_ns() - began
         life.carry_out(moves)
         life.move_at_random()
         life.transfer()

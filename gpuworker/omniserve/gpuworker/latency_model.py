@@ -35,6 +35,10 @@ class Regime(enum.IntEnum):
     """Best-effort rows that attend on the device, without LS."""
     BE_STAGE = 5
     """One stage of parked rows, perhaps with best-effort decode rows of the device; no LS."""
+    BE_FIRST_STAGE = 6
+    """The same at stage 0, which has little work of its own, and ..."""
+    BE_LAST_STAGE = 7
+    """... at the last one, which samples."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +166,12 @@ class LatencyModel:
 
     def _own_stage_ns(self, rows: int) -> float:
         return self.middle[rows] * self.factor(Regime.BE_STAGE, rows)
+
+    def be_stage_regime(self, stage: int) -> Regime:
+        """Of one stage of parked rows."""
+        if stage == 0:
+            return Regime.BE_FIRST_STAGE
+        return Regime.BE_LAST_STAGE if stage == self.layers else Regime.BE_STAGE
 
     def staircase(self, stage: int) -> Staircase:
         if stage == 0:

@@ -163,9 +163,14 @@ class ParkingLot:
         return bool(self._state[row] == _AWAY)
 
     @property
-    def ready(self) -> npt.NDArray[np.int64]:
+    def ready_by_stage(self) -> npt.NDArray[np.int64]:
         """Ready rows of each stage, [stages]; not to be changed."""
         return self._ready
+
+    @property
+    def away_by_stage(self) -> npt.NDArray[np.int64]:
+        """Rows of each stage whose attention is away, [stages]; not to be changed."""
+        return self._away
 
     def ready_at(self, stage: int) -> int:
         return int(self._ready[stage])
