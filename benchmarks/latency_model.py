@@ -2,17 +2,18 @@
 
 One worker with two attention servers. First and last the same batches again and again (one stream
 that decodes, one prompt of a fixed length, and without LS a BE backlog of equal requests): how far
-such an iteration is from the median of its kind is the noise floor. In between a mixed run: LS requests that arrive at random beside a
-backlog of BE requests, which prefill, decode on the device and board. Every iteration's prediction
-is recorded before it is launched; accuracy is 1 - |predicted - measured| / measured.
+such an iteration is from the median of its kind is the noise floor. In between a mixed run: LS
+requests that arrive at random beside a backlog of BE requests, which prefill, decode on the device
+and board. Every iteration's prediction is recorded before it is launched; accuracy is
+1 - |predicted - measured| / measured.
 
     python benchmarks/latency_model.py --json
 
 The last line is one JSON object: `mean` and `p10` (exceeded by 90 %) over the iterations of the
 mixed run, `by_regime` (the same with `iterations`), `noise_floor` (`mean`, `p10`, over the repeated
-batches, each regime weighing as much as in the mixed run), `of_floor` (both over the floor's), `decision_share` (of the time of the iterations, what
-decisions took), and `cut_short`: iterations from which BE left on the way, whose
-prediction was of another plan; they are in no accuracy.
+batches, each regime weighing as much as in the mixed run), `of_floor` (both over the floor's),
+`decision_share` (of the time of the iterations, what decisions took), and `cut_short`: iterations
+from which BE left on the way, whose prediction was of another plan; they are in no accuracy.
 """
 
 from __future__ import annotations
