@@ -231,21 +231,6 @@ INLINE int visit_some(State<F>& s, int query, int left, const AttendUnit& u, con
   return visit<F, 1, kFetch>(s, query, u, tile, blocks, ahead), 1;
 }
 
-// All queries of a unit against one tile, head by head. The first few of a head fetch ahead.
-template <typename F>
-INLINE void visit_all(State<F>& s, const AttendUnit& u, const Tile& tile, const Tile& next) {
-  const int queries = static_cast<int>(u.queries);
-  Blocks blocks = tile.first_head;
-  for (std::uint32_t h = 0; h < u.kv_heads; ++h) {
-    const Blocks ahead = h + 1 < u.kv_heads ? blocks.next_head(u.head_stride) : next.first_head;
-    const int first = static_cast<int>(h) * queries;
-    int done = visit_some<F, true>(s, first, queries, u, tile, blocks, ahead);
-    while (done < queries)
-      done += visit_some<F, false>(s, first + done, queries - done, u, tile, blocks, ahead);
-    blocks = ahead;
-  }
-}
-
 INLINE Vec load_row(const void* row, std::size_t at, std::uint32_t dtype) {
   if (dtype == shm::kFloat32) return load(static_cast<const float*>(row) + at);
   const HalfVec half = load_as<HalfVec>(static_cast<const std::uint16_t*>(row) + at);
@@ -317,29 +302,55 @@ INLINE void prepare_queries(State<F>& s, const AttendUnit& u) {
   }
 }
 
+// Queries [begin, end) of a unit: nothing seen in this chunk yet.
 template <typename F>
-INLINE void start_chunk(State<F>& s, const AttendUnit& u) {
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+INLINE void start_chunk(State<F>& s, const AttendUnit& u, std::uint32_t begin, std::uint32_t end) {
+  for (std::uint32_t i = begin; i < end; ++i) {
     store(s.sum[i], Vec{});
     s.max[i] = kNegInf;
   }
-  for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.out + d, Vec{});
+  for (std::uint32_t d = begin * u.head_dim; d < end * u.head_dim; d += kLanes)
+    store(s.out + d, Vec{});
 }
 
+INLINE void put_partial(float* to, const float* out, float max, float sum, std::uint32_t head_dim) {
+  std::memcpy(to, out, head_dim * sizeof(float));
+  to[head_dim] = max;
+  to[head_dim + 1] = sum;
+}
+
+// The chunk is over for queries [begin, end). `partials` is null, or where those of this chunk go.
 template <typename F>
-INLINE void end_chunk(State<F>& s, const AttendUnit& u) {
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+INLINE void end_chunk(State<F>& s, const AttendUnit& u, std::uint32_t begin, std::uint32_t end,
+                      float* partials) {
+  for (std::uint32_t i = begin; i < end; ++i) {
     const float* out = s.out + std::size_t{i} * u.head_dim;
     const float sum = horizontal_sum(load(s.sum[i]));
-    if (u.partial != nullptr) {
-      float* to = u.partial + i * partial_stride(u.head_dim);
-      std::memcpy(to, out, u.head_dim * sizeof(float));
-      to[u.head_dim] = s.max[i];
-      to[u.head_dim + 1] = sum;
-    } else {
+    if (partials != nullptr)
+      put_partial(partials + i * partial_stride(u.head_dim), out, s.max[i], sum, u.head_dim);
+    else
       join(s.total + std::size_t{i} * u.head_dim, &s.total_max[i], &s.total_sum[i], out, s.max[i],
            sum, u.head_dim);
-    }
+  }
+  start_chunk(s, u, begin, end);
+}
+
+// All queries of a unit against one tile, head by head. The first few of a head fetch ahead. A
+// chunk that ends with the tile ends head by head, too: what that needs is still in the cache, and
+// the pause of the reading is short.
+template <typename F>
+INLINE void visit_all(State<F>& s, const AttendUnit& u, const Tile& tile, const Tile& next,
+                      bool chunk_ends, float* partials) {
+  const int queries = static_cast<int>(u.queries);
+  Blocks blocks = tile.first_head;
+  for (std::uint32_t h = 0; h < u.kv_heads; ++h) {
+    const Blocks ahead = h + 1 < u.kv_heads ? blocks.next_head(u.head_stride) : next.first_head;
+    const int first = static_cast<int>(h) * queries;
+    int done = visit_some<F, true>(s, first, queries, u, tile, blocks, ahead);
+    while (done < queries)
+      done += visit_some<F, false>(s, first + done, queries - done, u, tile, blocks, ahead);
+    if (chunk_ends) end_chunk(s, u, h * u.queries, (h + 1) * u.queries, partials);
+    blocks = ahead;
   }
 }
 
@@ -351,41 +362,48 @@ void attend(const AttendUnit& u, const AttendUnit* next) {
   for (std::size_t at = 0; at < kFetchAhead; at += 64)
     __builtin_prefetch(tile.first_head.at[0] + at, 0, 3);
   State<F> s;
+  const std::uint32_t queries = u.kv_heads * u.queries;
   prepare_queries(s, u);
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+  for (std::uint32_t i = 0; i < queries; ++i) {
     s.total_max[i] = kNegInf;
     s.total_sum[i] = 0;
   }
-  for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.total + d, Vec{});
+  for (std::uint32_t d = 0; d < queries * u.head_dim; d += kLanes) store(s.total + d, Vec{});
+  start_chunk(s, u, 0, queries);
 
+  float* partials = u.leads ? nullptr : u.partial;
   std::uint32_t next_chunk = u.first_chunk + 1;
-  start_chunk(s, u);
-  for (;;) {
+  for (bool last = false; !last;) {
     cursor.advance();
-    const bool last = cursor.done();
+    last = cursor.done();
     const Tile ahead = !last ? cursor.tile() : next != nullptr ? Cursor(*next).tile() : tile;
-    visit_all(s, u, tile, ahead);
-    if (last || cursor.page == chunk_first_page(next_chunk, u.page_tokens)) {
-      end_chunk(s, u);
-      if (last) break;
-      start_chunk(s, u);
+    const bool chunk_ends = last || cursor.page == chunk_first_page(next_chunk, u.page_tokens);
+    visit_all(s, u, tile, ahead, chunk_ends, partials);
+    if (chunk_ends) {
+      if (partials != nullptr) partials += queries * partial_stride(u.head_dim);
       ++next_chunk;
     }
     tile = ahead;
   }
-  if (u.partial != nullptr) return;
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i)
-    write_query(u, i, s.total + std::size_t{i} * u.head_dim, s.total_max[i], s.total_sum[i]);
+  if (partials != nullptr) return;
+  for (std::uint32_t i = 0; i < queries; ++i) {
+    const float* total = s.total + std::size_t{i} * u.head_dim;
+    if (u.partial != nullptr)
+      put_partial(u.partial + i * partial_stride(u.head_dim), total, s.total_max[i],
+                  s.total_sum[i], u.head_dim);
+    else
+      write_query(u, i, total, s.total_max[i], s.total_sum[i]);
+  }
 }
 
-void merge(const AttendUnit& u, const float* partials, std::uint32_t chunks) {
+void merge(const AttendUnit& u, const float* partials, std::uint32_t count) {
   alignas(64) float total[kMaxHeadDim];
   const std::size_t stride = partial_stride(u.head_dim);
   for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
     for (std::uint32_t d = 0; d < u.head_dim; d += kLanes) store(total + d, Vec{});
     float max = kNegInf;
     float sum = 0;
-    for (std::uint32_t c = 0; c < chunks; ++c) {
+    for (std::uint32_t c = 0; c < count; ++c) {
       const float* partial = partials + (std::size_t{c} * u.kv_heads * u.queries + i) * stride;
       join(total, &max, &sum, partial, partial[u.head_dim], partial[u.head_dim + 1], u.head_dim);
     }
