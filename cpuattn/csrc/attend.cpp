@@ -45,7 +45,7 @@ void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
   // A page's heads lie side by side: together they are one long read. Cut only to have enough
   // units for all threads.
   unit_heads_ = std::min(g.kv_heads, kUnitQueries / (heads / g.kv_heads));
-  while (unit_heads_ > 1 && chunks * (g.kv_heads / unit_heads_) < 2 * threads && threads > 1)
+  while (unit_heads_ > 1 && chunks * (g.kv_heads / unit_heads_) < threads && threads > 1)
     unit_heads_ = (unit_heads_ + 1) / 2;
   // Chunks of one unit are joined in the cache, those of several by way of memory.
   unit_blocks_ = threads > 1 ? blocks / (kUnitsPerThread * threads) : blocks;

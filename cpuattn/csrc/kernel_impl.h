@@ -142,7 +142,7 @@ INLINE void gather(State<F>& s, int query, const AttendUnit& u, const Blocks& bl
       const std::byte* v = blocks.at[page] + at;
       const std::uint32_t* w = weights + done / F::kPacking;
       const std::size_t lines = here / F::kPacking;
-      multiply<F, N, C, kFetch>(v, lines, ahead_of<F>(blocks, ahead, page, at, 2 * half), w, out,
+      multiply<F, N, C, kFetch>(v, lines, ahead_of(blocks, ahead, page, at, 2 * half), w, out,
                                 u.head_dim, out, u.head_dim);
       if constexpr (F::kPacking == 2)
         if (here % 2 != 0) add_last<F, N, C>(v + lines * C * 64, w + lines, out, u.head_dim);
@@ -175,7 +175,7 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
     }
     for (std::uint32_t t = 0; t < u.page_tokens; t += 2 * kLanes) {
       const std::size_t at = std::size_t{t} * u.head_dim * F::kBytes;
-      const std::byte* fetch = ahead_of<F>(blocks, ahead, page, at, values);
+      const std::byte* fetch = ahead_of(blocks, ahead, page, at, values);
       float* to = scores + page * u.page_tokens + t;
       if (t + 2 * kLanes <= u.page_tokens)
         score<F, N, 2, kFetch>(s, query, u, block + at, k_steps + t, fetch, to);
@@ -192,7 +192,7 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
   // Memory must not rest meanwhile: what int8 needs next is fetched here. Measured; with the one
   // loop of floats this is slower than nothing.
   constexpr int kSoftenLines = F::soften_lines(N);
-  const std::byte* fetch = ahead_of<F>(blocks, ahead, 0, values / 2, values);
+  const std::byte* fetch = ahead_of(blocks, ahead, 0, values / 2, values);
   const bool plain = tokens == kTileTokens && s.first[query + N - 1] <= tile.start &&
                      s.end[query] >= tile.start + kTileTokens && u.softcap == 0;
   for (int i = 0; i < N; ++i) {
@@ -330,7 +330,6 @@ INLINE void end_chunk(State<F>& s, const AttendUnit& u, std::uint32_t begin, std
       join(s.total + std::size_t{i} * u.head_dim, &s.total_max[i], &s.total_sum[i], out, s.max[i],
            sum, u.head_dim);
   }
-  start_chunk(s, u, begin, end);
 }
 
 // All queries of a unit against one tile, head by head. The first few of a head fetch ahead. A
@@ -347,7 +346,10 @@ INLINE void visit_all(State<F>& s, const AttendUnit& u, const Tile& tile, const 
     int done = visit_some<F, true>(s, first, queries, u, tile, blocks, ahead);
     while (done < queries)
       done += visit_some<F, false>(s, first + done, queries - done, u, tile, blocks, ahead);
-    if (chunk_ends) end_chunk(s, u, h * u.queries, (h + 1) * u.queries, partials);
+    if (chunk_ends) {
+      end_chunk(s, u, h * u.queries, (h + 1) * u.queries, partials);
+      start_chunk(s, u, h * u.queries, (h + 1) * u.queries);
+    }
     blocks = ahead;
   }
 }
@@ -357,7 +359,7 @@ void attend(const AttendUnit& u, const AttendUnit* next) {
   Cursor cursor(u);
   Tile tile = cursor.tile();
   // What nobody has fetched yet if this is a thread's first unit.
-  for (std::size_t at = 0; at < F::kFetchAhead; at += 64)
+  for (std::size_t at = 0; at < kFetchApart; at += 64)
     __builtin_prefetch(tile.first_head.at[0] + at, 0, 3);
   State<F> s;
   const std::uint32_t queries = u.kv_heads * u.queries;

@@ -56,7 +56,7 @@ INLINE void gather_scaled(State<F>& s, int query, const AttendUnit& u, const Blo
     const std::uint32_t here =
         tokens - done < u.page_tokens ? tokens - done : u.page_tokens;
     const std::byte* v = blocks.at[page] + at;
-    const std::byte* fetch = ahead_of<F>(blocks, ahead, page, at, 2 * half);
+    const std::byte* fetch = ahead_of(blocks, ahead, page, at, 2 * half);
     const std::uint32_t* w = weights + done / F::kPacking;
     for (std::uint32_t g = 0; g * F::kPacking < here; ++g) {
       decltype(F::line_v(v, 0)) line[V];

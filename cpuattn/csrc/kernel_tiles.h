@@ -26,15 +26,17 @@ struct Tile {
   Blocks first_head;
 };
 
-// What to fetch while the lines from `at` on are read: what comes F::kFetchAhead bytes later in the
-// order of reading; a block is `size` bytes. That is far enough for memory's latency, and little
-// enough to be still in the first-level cache when its turn comes. Where the next block lies
-// elsewhere it is F::kFetchApart, which no run of lines steps across a block's end with.
-template <typename F>
+// How many bytes ahead of a read memory is fetched: far enough for its latency, and little enough to
+// be still in the first-level cache when its turn comes. Where the next block lies elsewhere it is a
+// distance with which no run of lines steps across a block's end.
+constexpr std::size_t kFetchAhead = 6144;
+constexpr std::size_t kFetchApart = 8192;
+
+// What comes so much later than `at` in the order of reading; a block's values are `size` bytes.
 INLINE const std::byte* ahead_of(const Blocks& blocks, const Blocks& ahead, std::uint32_t page,
                                  std::size_t at, std::size_t size) {
   const bool follows = ahead.at[page] == blocks.at[page] + size;
-  const std::size_t to = at + (follows ? F::kFetchAhead : F::kFetchApart);
+  const std::size_t to = at + (follows ? kFetchAhead : kFetchApart);
   if (to < size) return blocks.at[page] + to;
   return ahead.at[page] + (to - size < size ? to - size : at);
 }

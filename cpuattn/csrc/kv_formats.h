@@ -14,8 +14,6 @@ constexpr std::uint32_t kTileTokens = 64;
 struct FloatFormat {
   static constexpr int kTerms = 1;
   static constexpr bool kScaled = false;
-  static constexpr std::size_t kFetchAhead = 6144;
-  static constexpr std::size_t kFetchApart = 4096;
   static constexpr int soften_lines(int) { return 0; }
 };
 
@@ -109,8 +107,6 @@ struct Int8Format {
   using Acc = IntVec;
   static constexpr int kTerms = 2;
   static constexpr bool kScaled = true;
-  static constexpr std::size_t kFetchAhead = 8192;
-  static constexpr std::size_t kFetchApart = 8192;
   static constexpr int soften_lines(int queries) { return queries >= 4 ? 14 : 4; }
   static constexpr std::uint32_t kPacking = 4;
   static constexpr std::uint32_t kBytes = 1;
