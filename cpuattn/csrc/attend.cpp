@@ -11,10 +11,10 @@ namespace {
 constexpr std::uint64_t kWorthWaking = 4u << 20;
 
 // So that a thread which was kept from running holds up the others for a part of the work only.
-constexpr std::uint32_t kUnitsPerThread = 2;
+constexpr std::uint32_t kUnitsPerThread = 4;
 
 // Blocks that a unit reads at most.
-std::uint64_t pages_of(const AttendUnit& unit) {
+std::uint64_t blocks_of(const AttendUnit& unit) {
   const std::uint32_t last_row = (unit.first_query + unit.queries - 1) / unit.group;
   const std::uint32_t end = std::min(chunk_first_page(unit.last_chunk + 1, unit.page_tokens),
                                      (unit.first_position + last_row) / unit.page_tokens + 1);
@@ -33,19 +33,23 @@ void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
   const shm::Geometry& g = pages.geometry();
   std::uint64_t products = 0;
   std::uint64_t chunks = 0;  // of single rows
+  std::uint64_t blocks = 0;  // the same
   for (const Segment& s : segments) {
     products += std::uint64_t{s.rows} * heads * g.head_dim * (s.first_position + s.rows);
-    if (s.rows == 1) chunks += chunk_of(s.first_position, g.page_tokens) + 1;
+    if (s.rows != 1) continue;
+    chunks += chunk_of(s.first_position, g.page_tokens) + 1;
+    blocks += std::uint64_t{s.first_position / g.page_tokens + 1} * g.kv_heads;
   }
   const bool share = pool.threads() > 1 && (pool.spins() || products >= kWorthWaking);
   const unsigned threads = share ? pool.threads() : 1;
   // A page's heads lie side by side: together they are one long read. Cut only to have enough
   // units for all threads.
-  std::uint32_t unit_heads = std::min(g.kv_heads, kUnitQueries / (heads / g.kv_heads));
-  while (unit_heads > 1 && chunks * (g.kv_heads / unit_heads) < kUnitsPerThread * threads &&
-         threads > 1)
-    unit_heads = (unit_heads + 1) / 2;
-  for (const Segment& s : segments) cut(pages, layer, heads, s, options, unit_heads);
+  unit_heads_ = std::min(g.kv_heads, kUnitQueries / (heads / g.kv_heads));
+  while (unit_heads_ > 1 && chunks * (g.kv_heads / unit_heads_) < threads && threads > 1)
+    unit_heads_ = (unit_heads_ + 1) / 2;
+  // Chunks of one unit are joined in the cache, those of several by way of memory.
+  unit_blocks_ = threads > 1 ? blocks / (kUnitsPerThread * threads) : blocks;
+  for (const Segment& s : segments) cut(pages, layer, heads, s, options);
   place_partials();
   share_out(threads);
   const Kernels& k = kernels();
@@ -57,7 +61,7 @@ void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
 }
 
 void Attention::cut(const KvPages& pages, std::uint32_t layer, std::uint32_t heads,
-                    const Segment& s, const AttendOptions& options, std::uint32_t unit_heads) {
+                    const Segment& s, const AttendOptions& options) {
   const shm::Geometry& g = pages.geometry();
   AttendUnit unit{};
   unit.head_stride = shm::block_bytes(g);
@@ -85,21 +89,30 @@ void Attention::cut(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
         options.window != 0 && first_end > options.window ? first_end - options.window : 0;
     unit.first_chunk = chunk_of(seen_from, g.page_tokens);
     unit.last_chunk = chunk_of(last_end - 1, g.page_tokens);
-    add_units(unit, pages, layer, s, options, s.rows == 1 ? unit_heads : 1);
+    add_units(unit, pages, layer, s, options);
   }
 }
 
 void Attention::add_units(AttendUnit unit, const KvPages& pages, std::uint32_t layer,
-                          const Segment& s, const AttendOptions& options,
-                          std::uint32_t unit_heads) {
+                          const Segment& s, const AttendOptions& options) {
   const shm::Geometry& g = pages.geometry();
   const std::size_t head_bytes = unit.group * g.head_dim * shm::dtype_bytes(g.dtype);
+  const std::uint32_t unit_heads = s.rows == 1 ? unit_heads_ : 1;
   const std::uint32_t first_chunk = unit.first_chunk;
-  const std::uint32_t chunks = unit.last_chunk - first_chunk + 1;
-  const bool apart = s.rows == 1 && chunks > 1;
+  const std::uint32_t last_chunk = unit.last_chunk;
   const auto first_join = static_cast<std::int32_t>(joins_.size());
-  for (std::uint32_t c = 0; c < (apart ? chunks : 1); ++c) {
-    if (apart) unit.first_chunk = unit.last_chunk = first_chunk + c;
+  unit.leads = true;
+  for (std::uint32_t chunk = first_chunk; chunk <= last_chunk; chunk = unit.last_chunk + 1) {
+    unit.kv_heads = unit_heads;
+    unit.first_chunk = chunk;
+    unit.last_chunk = s.rows == 1 ? chunk : last_chunk;
+    while (unit.last_chunk < last_chunk) {
+      ++unit.last_chunk;
+      if (blocks_of(unit) <= unit_blocks_) continue;
+      --unit.last_chunk;
+      break;
+    }
+    const bool whole = unit.leads && unit.last_chunk == last_chunk;
     std::int32_t join = first_join;
     for (std::uint32_t h = 0; h < g.kv_heads; h += unit_heads, ++join) {
       unit.kv_heads = std::min(unit_heads, g.kv_heads - h);
@@ -107,10 +120,16 @@ void Attention::add_units(AttendUnit unit, const KvPages& pages, std::uint32_t l
       unit.q = static_cast<const std::byte*>(s.q) + h * head_bytes;
       unit.out = static_cast<std::byte*>(s.out) + h * head_bytes;
       unit.sinks = options.sinks != nullptr ? options.sinks + h * unit.group : nullptr;
-      if (apart && c == 0) joins_.push_back({static_cast<std::uint32_t>(units_.size()), chunks, 0});
-      join_of_.push_back(apart ? join : -1);
+      if (!whole && unit.leads)
+        joins_.push_back({static_cast<std::uint32_t>(units_.size()), 0, 0, 0});
+      if (!whole) {
+        ++joins_[join].units;
+        joins_[join].count += unit.leads ? 1 : unit.last_chunk - chunk + 1;
+      }
+      join_of_.push_back(whole ? -1 : join);
       units_.push_back(unit);
     }
+    unit.leads = false;
   }
 }
 
@@ -122,7 +141,7 @@ void Attention::place_partials() {
   std::size_t floats = 0;
   for (Join& join : joins_) {
     join.partials = floats;
-    floats += join.chunks * floats_of(units_[join.first_unit]);
+    floats += join.count * floats_of(units_[join.first_unit]);
   }
   if (partials_.size() < floats) partials_.resize(floats);
   if (left_capacity_ < joins_.size()) {
@@ -130,12 +149,13 @@ void Attention::place_partials() {
     left_ = std::make_unique<std::atomic<std::uint32_t>[]>(left_capacity_);
   }
   for (std::size_t j = 0; j < joins_.size(); ++j)
-    left_[j].store(joins_[j].chunks, std::memory_order_relaxed);
+    left_[j].store(joins_[j].units, std::memory_order_relaxed);
   for (std::size_t i = 0; i < units_.size(); ++i) {
     if (join_of_[i] < 0) continue;
     const Join& join = joins_[join_of_[i]];
-    const std::uint32_t chunk = units_[i].first_chunk - units_[join.first_unit].first_chunk;
-    units_[i].partial = partials_.data() + join.partials + chunk * floats_of(units_[i]);
+    const std::uint32_t before =
+        units_[i].leads ? 0 : units_[i].first_chunk - units_[join.first_unit].last_chunk;
+    units_[i].partial = partials_.data() + join.partials + before * floats_of(units_[i]);
   }
 }
 
@@ -146,15 +166,15 @@ void Attention::share_out(unsigned threads) {
     shares_ = std::make_unique<Share[]>(threads);
     share_count_ = threads;
   }
-  std::uint64_t pages = 0;
-  for (const AttendUnit& unit : units_) pages += pages_of(unit);
-  std::uint64_t before = 0;  // pages of the units that have a share
+  std::uint64_t blocks = 0;
+  for (const AttendUnit& unit : units_) blocks += blocks_of(unit);
+  std::uint64_t before = 0;  // blocks of the units that have a share
   std::uint32_t i = 0;
   for (unsigned t = 0; t < threads; ++t) {
     shares_[t].next.store(i, std::memory_order_relaxed);
     // A unit goes where its middle lies.
-    while (i < units_.size() && (2 * before + pages_of(units_[i])) * threads < 2 * pages * (t + 1))
-      before += pages_of(units_[i++]);
+    while (i < units_.size() && (2 * before + blocks_of(units_[i])) * threads < 2 * blocks * (t + 1))
+      before += blocks_of(units_[i++]);
     shares_[t].end = i;
   }
   workers_.store(0, std::memory_order_relaxed);
@@ -172,7 +192,7 @@ void Attention::work_on(Share& share, Kernels::Attend attend, Kernels::Merge mer
     if (join_of_[i] < 0) continue;
     const auto j = static_cast<std::size_t>(join_of_[i]);
     if (left_[j].fetch_sub(1, std::memory_order_acq_rel) == 1)
-      merge(units_[joins_[j].first_unit], partials_.data() + joins_[j].partials, joins_[j].chunks);
+      merge(units_[joins_[j].first_unit], partials_.data() + joins_[j].partials, joins_[j].count);
   }
 }
 

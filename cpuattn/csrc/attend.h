@@ -33,16 +33,17 @@ struct AttendOptions {
 // Not thread-safe: one caller at a time. Keeps its memory between calls.
 class Attention {
  public:
-  // A single row of a long sequence is cut into chunks for several threads; rows of a prompt are
-  // cut into blocks of queries.
+  // A single row of a sequence that is long beside the others is cut for several threads, at ends
+  // of chunks; rows of a prompt are cut into blocks of queries.
   void run(const KvPages& pages, std::uint32_t layer, std::uint32_t heads,
            const std::vector<Segment>& segments, const AttendOptions& options, ThreadPool& pool);
 
  private:
-  // Units of the same queries, one per chunk. The last to end joins their results.
+  // Units of the same queries. The last to end joins their partial results.
   struct Join {
     std::uint32_t first_unit;
-    std::uint32_t chunks;
+    std::uint32_t units;
+    std::uint32_t count;   // of partials
     std::size_t partials;  // where in partials_
   };
   // A thread's share of the units: it takes them in order, and then those of others.
@@ -52,14 +53,16 @@ class Attention {
   };
 
   void cut(const KvPages& pages, std::uint32_t layer, std::uint32_t heads, const Segment& segment,
-           const AttendOptions& options, std::uint32_t unit_heads);
+           const AttendOptions& options);
   void add_units(AttendUnit unit, const KvPages& pages, std::uint32_t layer,
-                 const Segment& segment, const AttendOptions& options, std::uint32_t unit_heads);
+                 const Segment& segment, const AttendOptions& options);
   void place_partials();
   void share_out(unsigned threads);
   void work(Kernels::Attend attend, Kernels::Merge merge);
   void work_on(Share& share, Kernels::Attend attend, Kernels::Merge merge);
 
+  std::uint32_t unit_heads_ = 1;   // kv heads of a unit of a single row
+  std::uint64_t unit_blocks_ = 0;  // that such a unit reads at most, if it has more than one chunk
   std::vector<AttendUnit> units_;
   std::vector<std::int32_t> join_of_;  // per unit; -1 = its result is final
   std::vector<Join> joins_;

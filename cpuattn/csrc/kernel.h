@@ -32,7 +32,8 @@ struct AttendUnit {
   float scale;             // of scores
   float softcap;           // 0 = none
   const float* sinks;      // [kv_heads * group] logits that join the softmax; null = none
-  float* partial;          // if not null, the result of one chunk goes here, for `merge`
+  float* partial;          // null if this unit has all chunks of its queries; else see Kernels::merge
+  bool leads;              // has the first chunk of its queries
 };
 
 constexpr std::uint32_t kUnitQueries = 64;
@@ -61,8 +62,10 @@ constexpr std::size_t partial_stride(std::uint32_t head_dim) { return head_dim +
 struct Kernels {
   // Attends a unit; meanwhile fetches what `next` (may be null) begins with.
   using Attend = void (*)(const AttendUnit& unit, const AttendUnit* next);
-  // Joins the results of `chunks` units, [chunks][kv_heads * queries][partial_stride], into the unit's out.
-  using Merge = void (*)(const AttendUnit& unit, const float* partials, std::uint32_t chunks);
+  // Joins `partials` [count][kv_heads * queries][partial_stride] of units with the same queries into
+  // their out. A unit that leads leaves one partial, its chunks joined; others leave one per chunk,
+  // since sums must not depend on where a sequence was cut.
+  using Merge = void (*)(const AttendUnit& unit, const float* partials, std::uint32_t count);
 
   const char* name;
   Attend float32;

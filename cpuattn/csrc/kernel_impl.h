@@ -38,36 +38,14 @@ struct State {
   std::uint32_t end[kUnitQueries];    // behind the last token that it sees
 };
 
-// Raw scores of N queries with the group of C * 16 tokens at `k`: sum over d of q[d] * K[d][tokens].
-// For each line of K that it reads it fetches one from `fetch` on, in the order of addresses, which
-// the hardware's own prefetchers follow.
-template <typename F, int N, int C, bool kFetch>
-INLINE void score(const State<F>& s, int query, const AttendUnit& u, const std::byte* k,
-                  const float* k_steps, const std::byte* fetch, float* scores) {
-  constexpr int kLine = kLanes * F::kPacking * F::kBytes;
-  const std::uint32_t steps = u.head_dim / F::kPacking;
-  const std::uint32_t* q = s.q + std::size_t(query) * F::kTerms * steps;
-  typename F::Acc acc[N][C][F::kTerms];
-  for (int i = 0; i < N; ++i)
-    for (int c = 0; c < C; ++c)
-      for (int t = 0; t < F::kTerms; ++t)
-        acc[i][c][t] = F::start_score(s.bias[(query + i) * F::kTerms + t]);
-  for (std::uint32_t d = 0; d < steps; ++d) {
-    decltype(F::line_k(k)) line[C];
-    for (int c = 0; c < C; ++c) {
-      line[c] = F::line_k(k + (d * C + c) * kLine);
-      if (kFetch) __builtin_prefetch(fetch + (d * C + c) * kLine, 0, 3);
-    }
-    for (int i = 0; i < N; ++i)
-      for (int t = 0; t < F::kTerms; ++t) {
-        const auto operand = F::spread_q(q[(i * F::kTerms + t) * steps + d]);
-        for (int c = 0; c < C; ++c) acc[i][c][t] = F::dot_k(acc[i][c][t], line[c], operand);
-      }
-  }
-  for (int i = 0; i < N; ++i)
-    for (int c = 0; c < C; ++c)
-      store(scores + i * kTileTokens + c * kLanes, F::score(acc[i][c], k_steps + c * kLanes));
-}
+}  // namespace
+}  // namespace omniserve::OMNISERVE_KERNEL_ISA
+
+#include "kernel_multiply.h"
+#include "kernel_scaled.h"
+
+namespace omniserve::OMNISERVE_KERNEL_ISA {
+namespace {
 
 // cap * tanh(x), as base-2 logits.
 INLINE Vec capped(Vec x, float cap) {
@@ -78,20 +56,22 @@ INLINE Vec capped(Vec x, float cap) {
 }
 
 // Turns the raw scores of one query with a tile into weights, in place of operands; rescales what
-// the query has so far. Returns the step of the weights.
-template <typename F>
+// the query has so far. Returns the step of the weights. kPlain: the tile is full, the query sees
+// all of it, and nothing caps its scores.
+template <typename F, bool kPlain>
 INLINE float soften(State<F>& s, int query, const AttendUnit& u, const Tile& tile,
                     const float* scores, const float* v_steps, std::uint32_t* operands) {
-  const int vectors = static_cast<int>(tile.pages * u.page_tokens) / kLanes;
+  const int vectors =
+      (kPlain ? int{kTileTokens} : static_cast<int>(tile.pages * u.page_tokens)) / kLanes;
   const auto begin = static_cast<std::int32_t>(tile.start);
   const std::int32_t first = static_cast<std::int32_t>(s.first[query]) - begin;
   const std::int32_t end = static_cast<std::int32_t>(s.end[query]) - begin;
-  const bool masked = first > 0 || end < vectors * kLanes;
+  const bool masked = !kPlain && (first > 0 || end < vectors * kLanes);
   Vec logits[kTileTokens / kLanes];
   Vec top = broadcast(kNegInf);
   for (int i = 0; i < vectors; ++i) {
     logits[i] = load(scores + i * kLanes) * s.factor[query];
-    if (u.softcap != 0) logits[i] = capped(logits[i], u.softcap);
+    if (!kPlain && u.softcap != 0) logits[i] = capped(logits[i], u.softcap);
     if (masked) {
       const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       const IntVec token = lane + i * kLanes;
@@ -118,44 +98,57 @@ INLINE float soften(State<F>& s, int query, const AttendUnit& u, const Tile& til
   return F::put_weights(logits, vectors, v_steps, operands);
 }
 
-// out[N queries][V * 16 dims at d] += sum over the tile's tokens of weight * V[token][dims].
-template <typename F, int N, int V, bool kFetch>
+alignas(64) constexpr float kZeros[2 * kLanes] = {};
+
+// Raw scores of N queries with the group of C * 16 tokens at `k`.
+template <typename F, int N, int C, bool kFetch>
+INLINE void score(const State<F>& s, int query, const AttendUnit& u, const std::byte* k,
+                  const float* k_steps, const std::byte* fetch, float* scores) {
+  if constexpr (F::kScaled)
+    score_scaled<F, N, C, kFetch>(s, query, u, k, k_steps, fetch, scores);
+  else
+    multiply<F, N, C, kFetch>(k, u.head_dim / F::kPacking, fetch,
+                              s.q + std::size_t(query) * kOperands<F>, kZeros, 0, scores,
+                              kTileTokens);
+}
+
+// A line of V whose lanes hold one valid value and one behind the last token, which may be
+// anything, also NaN.
+template <typename F, int N, int C>
+INLINE void add_last(const std::byte* line, const std::uint32_t* weights, float* out,
+                     std::size_t stride) {
+  for (int c = 0; c < C; ++c) {
+    const auto value = F::unpack(load_line(line + c * 64) & 0xFFFFu);
+    for (int i = 0; i < N; ++i) {
+      float* to = out + i * stride + c * kLanes;
+      store(to, F::dot(load(to), value, F::spread(weights[i * kOperands<F>])));
+    }
+  }
+}
+
+// out[N queries][C * 16 dims at d] += sum over the tile's tokens of weight * V[token][dims].
+template <typename F, int N, int C, bool kFetch>
 INLINE void gather(State<F>& s, int query, const AttendUnit& u, const Blocks& blocks,
                    const Blocks& ahead, std::uint32_t tokens, std::uint32_t d,
                    const std::uint32_t* weights, const float* steps) {
-  constexpr int kLine = kLanes * F::kPacking * F::kBytes;
-  constexpr std::uint32_t kRow = kTileTokens / F::kPacking;  // operands of one term of a query
-  const std::size_t half = std::size_t{u.page_tokens} * u.head_dim * F::kBytes;
-  const std::size_t at = half + std::size_t{d} * u.page_tokens * F::kBytes;
-  float* out = s.out + std::size_t(query) * u.head_dim + d;
-  typename F::Acc acc[N][V][F::kTerms];
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < V; ++j)
-      for (int t = 0; t < F::kTerms; ++t)
-        acc[i][j][t] = F::start_out(out + std::size_t(i) * u.head_dim + j * kLanes);
-  for (std::uint32_t page = 0, done = 0; done < tokens; ++page) {
-    const std::uint32_t here =
-        tokens - done < u.page_tokens ? tokens - done : u.page_tokens;
-    const std::byte* v = blocks.at[page] + at;
-    const std::byte* fetch = ahead_of(blocks, ahead, page, at, 2 * half);
-    const std::uint32_t* w = weights + done / F::kPacking;
-    for (std::uint32_t g = 0; g * F::kPacking < here; ++g) {
-      decltype(F::line_v(v, 0)) line[V];
-      for (int j = 0; j < V; ++j) {
-        line[j] = F::line_v(v + (g * V + j) * kLine, here - g * F::kPacking);
-        if (kFetch) __builtin_prefetch(fetch + (g * V + j) * kLine, 0, 3);
-      }
-      for (int i = 0; i < N; ++i)
-        for (int t = 0; t < F::kTerms; ++t) {
-          const auto operand = F::spread_weight(w[(i * F::kTerms + t) * kRow + g]);
-          for (int j = 0; j < V; ++j) acc[i][j][t] = F::dot_v(acc[i][j][t], line[j], operand);
-        }
+  if constexpr (F::kScaled) {
+    gather_scaled<F, N, C, kFetch>(s, query, u, blocks, ahead, tokens, d, weights, steps);
+  } else {
+    const std::size_t half = std::size_t{u.page_tokens} * u.head_dim * F::kBytes;
+    const std::size_t at = half + std::size_t{d} * u.page_tokens * F::kBytes;
+    float* out = s.out + std::size_t(query) * u.head_dim + d;
+    for (std::uint32_t page = 0, done = 0; done < tokens; ++page) {
+      const std::uint32_t here = tokens - done < u.page_tokens ? tokens - done : u.page_tokens;
+      const std::byte* v = blocks.at[page] + at;
+      const std::uint32_t* w = weights + done / F::kPacking;
+      const std::size_t lines = here / F::kPacking;
+      multiply<F, N, C, kFetch>(v, lines, ahead_of(blocks, ahead, page, at, 2 * half), w, out,
+                                u.head_dim, out, u.head_dim);
+      if constexpr (F::kPacking == 2)
+        if (here % 2 != 0) add_last<F, N, C>(v + lines * C * 64, w + lines, out, u.head_dim);
+      done += here;
     }
-    done += here;
   }
-  for (int i = 0; i < N; ++i)
-    for (int j = 0; j < V; ++j)
-      F::finish_out(out + std::size_t(i) * u.head_dim + j * kLanes, acc[i][j], steps[i]);
 }
 
 // N queries of one kv head against one tile. `blocks` and `ahead` are those of the head, and of the
@@ -193,18 +186,23 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
   if (F::kScaled)
     for (std::uint32_t t = tokens; t < tile_tokens; ++t) v_steps[t] = 0;
 
-  alignas(64) std::uint32_t weights[N * F::kTerms * kTileTokens / F::kPacking];
+  constexpr std::size_t kRow = F::kScaled ? kTileTokens / F::kPacking : kOperands<F>;
+  alignas(64) std::uint32_t weights[N * F::kTerms * kRow];
   float steps[N];
-  // Memory must not rest meanwhile: this runs ahead of the first lines that `gather` fetches, by
-  // what comes in that time. Measured; many queries take longer than they are many.
-  constexpr int kSoftenLines = N >= 4 ? 14 : 4;
+  // Memory must not rest meanwhile: what int8 needs next is fetched here. Measured; with the one
+  // loop of floats this is slower than nothing.
+  constexpr int kSoftenLines = F::soften_lines(N);
   const std::byte* fetch = ahead_of(blocks, ahead, 0, values / 2, values);
+  const bool plain = tokens == kTileTokens && s.first[query + N - 1] <= tile.start &&
+                     s.end[query] >= tile.start + kTileTokens && u.softcap == 0;
   for (int i = 0; i < N; ++i) {
     if (kFetch)
       for (int line = 0; line < kSoftenLines; ++line)
         __builtin_prefetch(fetch + (i * kSoftenLines + line) * 64, 0, 3);
-    steps[i] = soften(s, query + i, u, tile, scores + i * kTileTokens, v_steps,
-                      weights + i * F::kTerms * (kTileTokens / F::kPacking));
+    const float* mine = scores + i * kTileTokens;
+    std::uint32_t* operands = weights + i * F::kTerms * kRow;
+    steps[i] = plain ? soften<F, true>(s, query + i, u, tile, mine, v_steps, operands)
+                     : soften<F, false>(s, query + i, u, tile, mine, v_steps, operands);
   }
 
   std::uint32_t d = 0;
@@ -229,21 +227,6 @@ INLINE int visit_some(State<F>& s, int query, int left, const AttendUnit& u, con
     if (left >= 3) return visit<F, 3, kFetch>(s, query, u, tile, blocks, ahead), 3;
   if (left >= 2) return visit<F, 2, kFetch>(s, query, u, tile, blocks, ahead), 2;
   return visit<F, 1, kFetch>(s, query, u, tile, blocks, ahead), 1;
-}
-
-// All queries of a unit against one tile, head by head. The first few of a head fetch ahead.
-template <typename F>
-INLINE void visit_all(State<F>& s, const AttendUnit& u, const Tile& tile, const Tile& next) {
-  const int queries = static_cast<int>(u.queries);
-  Blocks blocks = tile.first_head;
-  for (std::uint32_t h = 0; h < u.kv_heads; ++h) {
-    const Blocks ahead = h + 1 < u.kv_heads ? blocks.next_head(u.head_stride) : next.first_head;
-    const int first = static_cast<int>(h) * queries;
-    int done = visit_some<F, true>(s, first, queries, u, tile, blocks, ahead);
-    while (done < queries)
-      done += visit_some<F, false>(s, first + done, queries - done, u, tile, blocks, ahead);
-    blocks = ahead;
-  }
 }
 
 INLINE Vec load_row(const void* row, std::size_t at, std::uint32_t dtype) {
@@ -303,43 +286,71 @@ template <typename F>
 INLINE void prepare_queries(State<F>& s, const AttendUnit& u) {
   const float factor = u.softcap != 0 ? u.scale / u.softcap : u.scale * kLog2E;
   alignas(64) float values[kMaxHeadDim];
+  const std::size_t operands = F::kScaled ? F::kTerms * u.head_dim / F::kPacking : kOperands<F>;
   for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
     const auto [row, head] = place_of(u, i);
     const std::size_t at = row * u.q_stride + std::size_t{head} * u.head_dim;
     for (std::uint32_t d = 0; d < u.head_dim; d += kLanes)
       store(values + d, load_row(u.q, at + d, u.row_dtype));
     float step = 1;
-    F::put_query(values, u.head_dim, s.q + std::size_t{i} * F::kTerms * u.head_dim / F::kPacking,
-                 s.bias + i * F::kTerms, &step);
+    F::put_query(values, u.head_dim, s.q + i * operands, s.bias + i * F::kTerms, &step);
     s.factor[i] = factor * step;
     s.end[i] = u.first_position + row + 1;
     s.first[i] = u.window != 0 && s.end[i] > u.window ? s.end[i] - u.window : 0;
   }
 }
 
+// Queries [begin, end) of a unit: nothing seen in this chunk yet.
 template <typename F>
-INLINE void start_chunk(State<F>& s, const AttendUnit& u) {
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+INLINE void start_chunk(State<F>& s, const AttendUnit& u, std::uint32_t begin, std::uint32_t end) {
+  for (std::uint32_t i = begin; i < end; ++i) {
     store(s.sum[i], Vec{});
     s.max[i] = kNegInf;
   }
-  for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.out + d, Vec{});
+  for (std::uint32_t d = begin * u.head_dim; d < end * u.head_dim; d += kLanes)
+    store(s.out + d, Vec{});
 }
 
+INLINE void put_partial(float* to, const float* out, float max, float sum, std::uint32_t head_dim) {
+  std::memcpy(to, out, head_dim * sizeof(float));
+  to[head_dim] = max;
+  to[head_dim + 1] = sum;
+}
+
+// The chunk is over for queries [begin, end). `partials` is null, or where those of this chunk go.
 template <typename F>
-INLINE void end_chunk(State<F>& s, const AttendUnit& u) {
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+INLINE void end_chunk(State<F>& s, const AttendUnit& u, std::uint32_t begin, std::uint32_t end,
+                      float* partials) {
+  for (std::uint32_t i = begin; i < end; ++i) {
     const float* out = s.out + std::size_t{i} * u.head_dim;
     const float sum = horizontal_sum(load(s.sum[i]));
-    if (u.partial != nullptr) {
-      float* to = u.partial + i * partial_stride(u.head_dim);
-      std::memcpy(to, out, u.head_dim * sizeof(float));
-      to[u.head_dim] = s.max[i];
-      to[u.head_dim + 1] = sum;
-    } else {
+    if (partials != nullptr)
+      put_partial(partials + i * partial_stride(u.head_dim), out, s.max[i], sum, u.head_dim);
+    else
       join(s.total + std::size_t{i} * u.head_dim, &s.total_max[i], &s.total_sum[i], out, s.max[i],
            sum, u.head_dim);
+  }
+}
+
+// All queries of a unit against one tile, head by head. The first few of a head fetch ahead. A
+// chunk that ends with the tile ends head by head, too: what that needs is still in the cache, and
+// the pause of the reading is short.
+template <typename F>
+INLINE void visit_all(State<F>& s, const AttendUnit& u, const Tile& tile, const Tile& next,
+                      bool chunk_ends, float* partials) {
+  const int queries = static_cast<int>(u.queries);
+  Blocks blocks = tile.first_head;
+  for (std::uint32_t h = 0; h < u.kv_heads; ++h) {
+    const Blocks ahead = h + 1 < u.kv_heads ? blocks.next_head(u.head_stride) : next.first_head;
+    const int first = static_cast<int>(h) * queries;
+    int done = visit_some<F, true>(s, first, queries, u, tile, blocks, ahead);
+    while (done < queries)
+      done += visit_some<F, false>(s, first + done, queries - done, u, tile, blocks, ahead);
+    if (chunk_ends) {
+      end_chunk(s, u, h * u.queries, (h + 1) * u.queries, partials);
+      start_chunk(s, u, h * u.queries, (h + 1) * u.queries);
     }
+    blocks = ahead;
   }
 }
 
@@ -348,44 +359,51 @@ void attend(const AttendUnit& u, const AttendUnit* next) {
   Cursor cursor(u);
   Tile tile = cursor.tile();
   // What nobody has fetched yet if this is a thread's first unit.
-  for (std::size_t at = 0; at < kFetchAhead; at += 64)
+  for (std::size_t at = 0; at < kFetchApart; at += 64)
     __builtin_prefetch(tile.first_head.at[0] + at, 0, 3);
   State<F> s;
+  const std::uint32_t queries = u.kv_heads * u.queries;
   prepare_queries(s, u);
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
+  for (std::uint32_t i = 0; i < queries; ++i) {
     s.total_max[i] = kNegInf;
     s.total_sum[i] = 0;
   }
-  for (std::uint32_t d = 0; d < u.kv_heads * u.queries * u.head_dim; d += kLanes) store(s.total + d, Vec{});
+  for (std::uint32_t d = 0; d < queries * u.head_dim; d += kLanes) store(s.total + d, Vec{});
+  start_chunk(s, u, 0, queries);
 
+  float* partials = u.leads ? nullptr : u.partial;
   std::uint32_t next_chunk = u.first_chunk + 1;
-  start_chunk(s, u);
-  for (;;) {
+  for (bool last = false; !last;) {
     cursor.advance();
-    const bool last = cursor.done();
+    last = cursor.done();
     const Tile ahead = !last ? cursor.tile() : next != nullptr ? Cursor(*next).tile() : tile;
-    visit_all(s, u, tile, ahead);
-    if (last || cursor.page == chunk_first_page(next_chunk, u.page_tokens)) {
-      end_chunk(s, u);
-      if (last) break;
-      start_chunk(s, u);
+    const bool chunk_ends = last || cursor.page == chunk_first_page(next_chunk, u.page_tokens);
+    visit_all(s, u, tile, ahead, chunk_ends, partials);
+    if (chunk_ends) {
+      if (partials != nullptr) partials += queries * partial_stride(u.head_dim);
       ++next_chunk;
     }
     tile = ahead;
   }
-  if (u.partial != nullptr) return;
-  for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i)
-    write_query(u, i, s.total + std::size_t{i} * u.head_dim, s.total_max[i], s.total_sum[i]);
+  if (partials != nullptr) return;
+  for (std::uint32_t i = 0; i < queries; ++i) {
+    const float* total = s.total + std::size_t{i} * u.head_dim;
+    if (u.partial != nullptr)
+      put_partial(u.partial + i * partial_stride(u.head_dim), total, s.total_max[i],
+                  s.total_sum[i], u.head_dim);
+    else
+      write_query(u, i, total, s.total_max[i], s.total_sum[i]);
+  }
 }
 
-void merge(const AttendUnit& u, const float* partials, std::uint32_t chunks) {
+void merge(const AttendUnit& u, const float* partials, std::uint32_t count) {
   alignas(64) float total[kMaxHeadDim];
   const std::size_t stride = partial_stride(u.head_dim);
   for (std::uint32_t i = 0; i < u.kv_heads * u.queries; ++i) {
     for (std::uint32_t d = 0; d < u.head_dim; d += kLanes) store(total + d, Vec{});
     float max = kNegInf;
     float sum = 0;
-    for (std::uint32_t c = 0; c < chunks; ++c) {
+    for (std::uint32_t c = 0; c < count; ++c) {
       const float* partial = partials + (std::size_t{c} * u.kv_heads * u.queries + i) * stride;
       join(total, &max, &sum, partial, partial[u.head_dim], partial[u.head_dim + 1], u.head_dim);
     }

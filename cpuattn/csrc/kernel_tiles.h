@@ -26,14 +26,17 @@ struct Tile {
   Blocks first_head;
 };
 
-// How far ahead of a read memory is fetched: far enough for its latency, and little enough to be
-// still in the first-level cache when its turn comes.
-constexpr std::size_t kFetchAhead = 8192;
+// How many bytes ahead of a read memory is fetched: far enough for its latency, and little enough to
+// be still in the first-level cache when its turn comes. Where the next block lies elsewhere it is a
+// distance with which no run of lines steps across a block's end.
+constexpr std::size_t kFetchAhead = 6144;
+constexpr std::size_t kFetchApart = 8192;
 
-// What is kFetchAhead bytes behind `at` in the order of reading; a block is `size` bytes.
+// What comes so much later than `at` in the order of reading; a block's values are `size` bytes.
 INLINE const std::byte* ahead_of(const Blocks& blocks, const Blocks& ahead, std::uint32_t page,
                                  std::size_t at, std::size_t size) {
-  const std::size_t to = at + kFetchAhead;
+  const bool follows = ahead.at[page] == blocks.at[page] + size;
+  const std::size_t to = at + (follows ? kFetchAhead : kFetchApart);
   if (to < size) return blocks.at[page] + to;
   return ahead.at[page] + (to - size < size ? to - size : at);
 }

@@ -3,33 +3,27 @@
 //
 // A format multiplies lines of KV (16 lanes of kPacking neighbours) with operands, four bytes that
 // hold kPacking values. An int8 operand has two terms, so that queries and weights keep 16 bits.
+// Formats of floats are multiplied by kernel_multiply.h, scaled ones by kernel_scaled.h.
 
 namespace omniserve::OMNISERVE_KERNEL_ISA {
 namespace {
 
 constexpr std::uint32_t kTileTokens = 64;
 
-// Formats that compute with floats; Derived has line() and dot().
+// Formats that compute with floats.
 struct FloatFormat {
-  using Acc = Vec;
   static constexpr int kTerms = 1;
   static constexpr bool kScaled = false;
-
-  static INLINE Acc start_score(std::int32_t) { return Vec{}; }
-  static INLINE Vec score(const Acc* acc, const float*) { return *acc; }
-  static INLINE Acc start_out(const float* out) { return load(out); }
-  static INLINE void finish_out(float* out, const Acc* acc, float) { store(out, *acc); }
+  static constexpr int soften_lines(int) { return 0; }
 };
 
 // One value per operand.
 struct SingleFormat : FloatFormat {
   static constexpr std::uint32_t kPacking = 1;
-  using Spread = Vec;
+  using Line = Vec;
 
-  static INLINE Spread spread_q(std::uint32_t operand) { return broadcast(as<float>(operand)); }
-  static INLINE Spread spread_weight(std::uint32_t operand) { return spread_q(operand); }
-  static INLINE Vec dot_k(Vec acc, Vec line, Vec q) { return acc + line * q; }
-  static INLINE Vec dot_v(Vec acc, Vec line, Vec weight) { return acc + line * weight; }
+  static INLINE Vec spread(std::uint32_t operand) { return broadcast(as<float>(operand)); }
+  static INLINE Vec dot(Vec acc, Vec line, Vec operand) { return acc + line * operand; }
   static INLINE void put_query(const float* q, std::uint32_t dim, std::uint32_t* to, std::int32_t*,
                                float*) {
     std::memcpy(to, q, dim * sizeof(float));
@@ -43,20 +37,21 @@ struct SingleFormat : FloatFormat {
 
 struct Float32Format : SingleFormat {
   static constexpr std::uint32_t kBytes = 4;
-  static INLINE Vec line_k(const std::byte* p) { return load_as<Vec>(p); }
-  static INLINE Vec line_v(const std::byte* p, std::uint32_t) { return load_as<Vec>(p); }
+  static INLINE Vec line(const std::byte* p) { return load_as<Vec>(p); }
 };
 
 struct Float16Format : SingleFormat {
   static constexpr std::uint32_t kBytes = 2;
-  static INLINE Vec line_k(const std::byte* p) { return widen_f16(load_as<HalfVec>(p)); }
-  static INLINE Vec line_v(const std::byte* p, std::uint32_t) { return line_k(p); }
+  static INLINE Vec line(const std::byte* p) { return widen_f16(load_as<HalfVec>(p)); }
 };
 
-// Neighbours `valid` and later of each lane become zero: they may hold anything, also NaN.
-INLINE UintVec load_valid(const std::byte* p, std::uint32_t valid, std::uint32_t packing) {
-  const UintVec bits = load_as<UintVec>(p);
-  return valid < packing ? bits & ((1u << (32 / packing * valid)) - 1) : bits;
+// Loads a line once: the compiler would rather read it again for every query.
+INLINE UintVec load_line(const std::byte* p) {
+  UintVec bits = load_as<UintVec>(p);
+#if defined(__AVX512F__)
+  asm("" : "+v"(bits));
+#endif
+  return bits;
 }
 
 struct Bfloat16Format : FloatFormat {
@@ -65,34 +60,30 @@ struct Bfloat16Format : FloatFormat {
 
 #if defined(__AVX512BF16__)
   using Line = UintVec;
-  using Spread = UintVec;
   static INLINE Line unpack(UintVec bits) { return bits; }
-  static INLINE Vec dot_k(Vec acc, Line a, Spread b) {
+  static INLINE Vec dot(Vec acc, Line a, Line b) {
     return as<Vec>(_mm512_dpbf16_ps(as<__m512>(acc), as<__m512bh>(a), as<__m512bh>(b)));
   }
 #else
   struct Line {
     Vec even, odd;
   };
-  using Spread = Line;
   static INLINE Line unpack(UintVec bits) {
     return {as<Vec>(bits << 16), as<Vec>(bits & 0xFFFF0000u)};
   }
-  static INLINE Vec dot_k(Vec acc, const Line& a, const Spread& b) {
+  static INLINE Vec dot(Vec acc, const Line& a, const Line& b) {
     return acc + a.even * b.even + a.odd * b.odd;
   }
 #endif
-  static INLINE Line line_k(const std::byte* p) { return unpack(load_as<UintVec>(p)); }
-  static INLINE Line line_v(const std::byte* p, std::uint32_t valid) {
-    return unpack(load_valid(p, valid, kPacking));
-  }
-  static INLINE Spread spread_q(std::uint32_t operand) { return unpack(UintVec{} + operand); }
-  static INLINE Spread spread_weight(std::uint32_t operand) { return spread_q(operand); }
-  static INLINE Vec dot_v(Vec acc, const Line& line, const Spread& weight) {
-    return dot_k(acc, line, weight);
-  }
+  static INLINE Line line(const std::byte* p) { return unpack(load_line(p)); }
+  static INLINE Line spread(std::uint32_t operand) { return unpack(UintVec{} + operand); }
+  // Operands are flushed like those of the dot product: what is subnormal counts as zero.
   static INLINE void put(Vec values, std::uint32_t* to) {
+#if defined(__AVX512BF16__)
+    const auto half = _mm512_cvtneps_pbh(as<__m512>(values));
+#else
     const HalfVec half = narrow_bf16(values);
+#endif
     std::memcpy(to, &half, sizeof half);
   }
   static INLINE void put_query(const float* q, std::uint32_t dim, std::uint32_t* to, std::int32_t*,
@@ -106,10 +97,17 @@ struct Bfloat16Format : FloatFormat {
   }
 };
 
+// Neighbours `valid` and later of each lane become zero: they may hold anything, also NaN.
+INLINE UintVec load_valid(const std::byte* p, std::uint32_t valid, std::uint32_t packing) {
+  const UintVec bits = load_as<UintVec>(p);
+  return valid < packing ? bits & ((1u << (32 / packing * valid)) - 1) : bits;
+}
+
 struct Int8Format {
   using Acc = IntVec;
   static constexpr int kTerms = 2;
   static constexpr bool kScaled = true;
+  static constexpr int soften_lines(int queries) { return queries >= 4 ? 14 : 4; }
   static constexpr std::uint32_t kPacking = 4;
   static constexpr std::uint32_t kBytes = 1;
   // A query is step * (128 * high + low), a weight is step * (256 * high + low).
@@ -166,7 +164,6 @@ struct Int8Format {
   static INLINE Vec score(const Acc* acc, const float* k_steps) {
     return __builtin_convertvector(acc[0] * kQueryHigh + acc[1], Vec) * load(k_steps);
   }
-  static INLINE IntVec start_out(const float*) { return IntVec{}; }
   static INLINE void finish_out(float* out, const Acc* acc, float step) {
     const Vec sum = __builtin_convertvector(acc[0] * kWeightHigh + acc[1], Vec);
     store(out, load(out) + sum * step);

@@ -124,19 +124,30 @@ INLINE float horizontal_sum(Vec v) {
   return v[0];
 }
 
-// 2^x for x <= 0, within 4 ulp; exactly 1 at 0 and exactly 0 below -126 (so also at -inf).
-INLINE Vec exp2_negative(Vec x) {
-  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer
-  const Vec clamped = vmax(x, broadcast(-126.0f));
-  const Vec shifted = clamped + kRounder;
-  const Vec r = clamped - (shifted - kRounder);
+// 2^r for -0.5 <= r <= 0.5.
+INLINE Vec exp2_near_zero(Vec r) {
   Vec p = r * 1.326469821e-03f + 9.671512991e-03f;
   p = p * r + 5.550733954e-02f;
   p = p * r + 2.402224243e-01f;
   p = p * r + 6.931470037e-01f;
-  p = p * r + 1.0f;
+  return p * r + 1.0f;
+}
+
+// 2^x for x <= 0, within 4 ulp; exactly 1 at 0 and exactly 0 below -126 (so also at -inf).
+INLINE Vec exp2_negative(Vec x) {
+  constexpr float kLeast = -126.0f;
+#if defined(__AVX512F__)
+  const __mmask16 seen = _mm512_cmp_ps_mask(as<__m512>(x), _mm512_set1_ps(kLeast), _CMP_NLT_UQ);
+  const __m512 whole = _mm512_roundscale_ps(as<__m512>(x), _MM_FROUND_TO_NEAREST_INT);
+  return as<Vec>(_mm512_maskz_scalef_ps(seen, as<__m512>(exp2_near_zero(x - as<Vec>(whole))), whole));
+#else
+  constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: what is added to it becomes an integer
+  const Vec clamped = vmax(x, broadcast(kLeast));
+  const Vec shifted = clamped + kRounder;
+  const Vec p = exp2_near_zero(clamped - (shifted - kRounder));
   const Vec power = as<Vec>(as<IntVec>(p) + (as<IntVec>(shifted) << 23));
-  return x < broadcast(-126.0f) ? Vec{} : power;
+  return x < broadcast(kLeast) ? Vec{} : power;
+#endif
 }
 
 // Sums of products of neighbouring int16 lanes.
