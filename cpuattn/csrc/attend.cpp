@@ -13,6 +13,11 @@ constexpr std::uint64_t kWorthWaking = 4u << 20;
 // So that a thread which was kept from running holds up the others for a part of the work only.
 constexpr std::uint32_t kUnitsPerThread = 4;
 
+// The first token that a row with tokens 0 .. end - 1 sees.
+std::uint32_t seen_from(std::uint32_t end, std::uint32_t window) {
+  return window != 0 && end > window ? end - window : 0;
+}
+
 // Blocks that a unit reads at most.
 std::uint64_t blocks_of(const AttendUnit& unit) {
   const std::uint32_t last_row = (unit.first_query + unit.queries - 1) / unit.group;
@@ -37,8 +42,9 @@ void Attention::run(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
   for (const Segment& s : segments) {
     products += std::uint64_t{s.rows} * heads * g.head_dim * (s.first_position + s.rows);
     if (s.rows != 1) continue;
-    chunks += chunk_of(s.first_position, g.page_tokens) + 1;
-    blocks += std::uint64_t{s.first_position / g.page_tokens + 1} * g.kv_heads;
+    const std::uint32_t from = seen_from(s.first_position + 1, options.window);
+    chunks += chunk_of(s.first_position, g.page_tokens) - chunk_of(from, g.page_tokens) + 1;
+    blocks += std::uint64_t{(s.first_position - from) / g.page_tokens + 1} * g.kv_heads;
   }
   const bool share = pool.threads() > 1 && (pool.spins() || products >= kWorthWaking);
   const unsigned threads = share ? pool.threads() : 1;
@@ -85,9 +91,7 @@ void Attention::cut(const KvPages& pages, std::uint32_t layer, std::uint32_t hea
     unit.queries = std::min(most, queries - first);
     const std::uint32_t first_end = s.first_position + first / unit.group + 1;
     const std::uint32_t last_end = s.first_position + (first + unit.queries - 1) / unit.group + 1;
-    const std::uint32_t seen_from =
-        options.window != 0 && first_end > options.window ? first_end - options.window : 0;
-    unit.first_chunk = chunk_of(seen_from, g.page_tokens);
+    unit.first_chunk = chunk_of(seen_from(first_end, options.window), g.page_tokens);
     unit.last_chunk = chunk_of(last_end - 1, g.page_tokens);
     add_units(unit, pages, layer, s, options);
   }
@@ -106,11 +110,9 @@ void Attention::add_units(AttendUnit unit, const KvPages& pages, std::uint32_t l
     unit.kv_heads = unit_heads;
     unit.first_chunk = chunk;
     unit.last_chunk = s.rows == 1 ? chunk : last_chunk;
-    while (unit.last_chunk < last_chunk) {
-      ++unit.last_chunk;
-      if (blocks_of(unit) <= unit_blocks_) continue;
-      --unit.last_chunk;
-      break;
+    for (AttendUnit longer = unit; ++longer.last_chunk <= last_chunk;) {
+      if (blocks_of(longer) > unit_blocks_) break;
+      unit.last_chunk = longer.last_chunk;
     }
     const bool whole = unit.leads && unit.last_chunk == last_chunk;
     std::int32_t join = first_join;

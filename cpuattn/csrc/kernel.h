@@ -32,7 +32,7 @@ struct AttendUnit {
   float scale;             // of scores
   float softcap;           // 0 = none
   const float* sinks;      // [kv_heads * group] logits that join the softmax; null = none
-  float* partial;          // null if this unit has all chunks of its queries; else see Kernels::merge
+  float* partial;          // null if the unit has all chunks of its queries, else see `merge`
   bool leads;              // has the first chunk of its queries
 };
 

@@ -20,8 +20,8 @@ constexpr std::size_t kOperands = kMaxHeadDim / F::kPacking;
 // sums[i] = start[i] + sum over `lines` steps of operand * line, for N queries and the C lines of KV
 // that lie side by side at every step. Rows of operands are kOperands apart.
 //
-// K and V go through the same copy of this loop: a hardware prefetcher follows each instruction
-// that reads, and one that reads every second run of lines loses its track. For each line that is
+// K and V go through the same copy of this loop: two copies that take turns read less from memory,
+// as if hardware prefetchers followed instructions and lost their track. For each line that is
 // read one is fetched, in the order of addresses. Every loop over `acc` is unrolled, or the
 // compiler keeps it in memory.
 template <typename F, int N, int C, bool kFetch>

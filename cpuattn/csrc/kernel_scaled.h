@@ -1,6 +1,5 @@
 // The loops that read scaled KV (int8), one for K and one for V. Part of kernel_impl.h, compiled
-// with it. They have nothing in common with kernel_multiply.h but their order: made from one source,
-// with calls in between, they read up to a fifth less from memory.
+// with it. Made from the source of kernel_multiply.h they read up to a fifth less from memory.
 #pragma once
 
 namespace omniserve::OMNISERVE_KERNEL_ISA {
@@ -11,7 +10,7 @@ namespace {
 // the hardware's own prefetchers follow.
 template <typename F, int N, int C, bool kFetch>
 INLINE void score_scaled(const State<F>& s, int query, const AttendUnit& u, const std::byte* k,
-                  const float* k_steps, const std::byte* fetch, float* scores) {
+                         const float* k_steps, const std::byte* fetch, float* scores) {
   constexpr int kLine = kLanes * F::kPacking * F::kBytes;
   const std::uint32_t steps = u.head_dim / F::kPacking;
   const std::uint32_t* q = s.q + std::size_t(query) * F::kTerms * steps;
@@ -40,8 +39,8 @@ INLINE void score_scaled(const State<F>& s, int query, const AttendUnit& u, cons
 // out[N queries][V * 16 dims at d] += sum over the tile's tokens of weight * V[token][dims].
 template <typename F, int N, int V, bool kFetch>
 INLINE void gather_scaled(State<F>& s, int query, const AttendUnit& u, const Blocks& blocks,
-                   const Blocks& ahead, std::uint32_t tokens, std::uint32_t d,
-                   const std::uint32_t* weights, const float* steps) {
+                          const Blocks& ahead, std::uint32_t tokens, std::uint32_t d,
+                          const std::uint32_t* weights, const float* steps){
   constexpr int kLine = kLanes * F::kPacking * F::kBytes;
   constexpr std::uint32_t kRow = kTileTokens / F::kPacking;  // operands of one term of a query
   const std::size_t half = std::size_t{u.page_tokens} * u.head_dim * F::kBytes;

@@ -218,6 +218,17 @@ def test_attention_equals_the_double_precision_reference(case: Case) -> None:
 @given(CASES)
 @settings(deadline=None, max_examples=30)
 def test_a_row_has_the_same_bits_alone_and_in_any_batch(case: Case) -> None:
+    _compare_alone_and_together(case)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_sequence_has_the_same_bits_wherever_it_is_cut_for_threads(int8: bool) -> None:
+    _compare_alone_and_together(
+        Case("bfloat16", 4, 4, 128, 32, [(5000, 1), (2100, 1), (300, 1)], 3, 1, int8=int8)
+    )
+
+
+def _compare_alone_and_together(case: Case) -> None:
     world = World(case)
     together = world.attend()
     alone = np.zeros_like(together)
