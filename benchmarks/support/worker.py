@@ -10,7 +10,7 @@ from support.worker_stack import MODEL, WorkerStack
 from omniserve.shm import layout
 
 THREADS = 2
-PAGE_TOKENS = 32
+PAGE_TOKENS = 64
 LAYER_PARAMETERS = 106_203_456
 """Of SmolLM2-135M: the matrices of its layers; every token of a prompt goes through these."""
 PARAMETERS = LAYER_PARAMETERS + 49152 * 576

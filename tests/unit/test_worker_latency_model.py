@@ -134,6 +134,18 @@ def test_stages_that_cost_more_than_their_rows_wait_for_more_of_them(model: Late
     assert model.rows_for_rate(256, 0.9) > before
 
 
+def test_a_step_between_two_sizes_is_not_the_price_of_a_row(model: LatencyModel) -> None:
+    # 64 to 127 rows share a factor, and 128 to 255: between 127 and 128 rows nothing happens.
+    for _ in range(200):
+        for rows, factor in ((64, 1.3), (127, 1.3), (128, 1.1), (255, 1.1)):
+            predicted = 1e6 * model.factor(Regime.BE_STAGE, rows)
+            model.observe(Regime.BE_STAGE, rows, predicted, 1e6 * factor)
+    below, above = model.rows_for_rate(120, 0.9), model.rows_for_rate(136, 0.9)
+    assert below < 120
+    assert above < 128
+    assert abs(above - below) < 24
+
+
 def test_a_profile_survives_json() -> None:
     assert LatencyProfile.from_json(PROFILE.to_json()) == PROFILE
     for broken in ("{}", "[]", "nonsense", '{"rows": 3}'):

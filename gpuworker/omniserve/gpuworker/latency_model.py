@@ -6,6 +6,7 @@ Fitted by a short profile at the first start, corrected online for each regime. 
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -165,7 +166,13 @@ class LatencyModel:
         return high
 
     def _own_stage_ns(self, rows: int) -> float:
-        return self.middle[rows] * self.factor(Regime.BE_STAGE, rows)
+        # Between the factors of the two nearest sizes: a step from one to the other would look
+        # like the price of a row.
+        factors = self._factors[Regime.BE_STAGE]
+        at = min(max(math.log2(rows) + 0.5, 1.0), _SIZES - 1.0)  # where sizes have their centres
+        size = min(int(at), _SIZES - 2)
+        factor = factors[size] + (factors[size + 1] - factors[size]) * (at - size)
+        return self.middle[rows] * factor
 
     def be_stage_regime(self, stage: int) -> Regime:
         """Of one stage of parked rows."""

@@ -74,7 +74,10 @@ class WorkerSettings(ServiceSettings):
         "best that this CPU has; a name that it does not have is refused with those that it has.",
     )
 
-    page_tokens: int = Field(32, description="Tokens of one KV page: 16, 32, 48 or 64.")
+    page_tokens: int = Field(
+        64,
+        description="Tokens of one KV page: 16, 32, 48 or 64. The smaller, the slower attention reads.",
+    )
     device_kv_tokens: int = Field(16384, ge=64, description="Size of the device KV, in tokens.")
     be_sequences_max: int = Field(
         256, ge=1, description="BE sequences that one attention server may hold."
