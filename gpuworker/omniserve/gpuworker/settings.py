@@ -76,7 +76,7 @@ class WorkerSettings(ServiceSettings):
 
     page_tokens: int = Field(
         64,
-        description="Tokens of one KV page: 16, 32, 48 or 64. The smaller, the slower attention reads.",
+        description="Tokens of one KV page: 16, 32, 48 or 64. Attention reads large ones faster.",
     )
     device_kv_tokens: int = Field(16384, ge=64, description="Size of the device KV, in tokens.")
     be_sequences_max: int = Field(
