@@ -124,6 +124,8 @@ def test_fewest_rows_for_a_rate_reach_it(rows: int, part: float) -> None:
     fewest = model.rows_for_rate(rows, part)
     assert 1 <= fewest <= rows
     assert fewest / stairs[fewest] >= part * rows / stairs[rows] * (1 - 1e-9)
+    assert model.reaches_rate(fewest, rows, part * (1 - 1e-9))
+    assert not model.reaches_rate(0, rows, part)
 
 
 def test_stages_that_cost_more_than_their_rows_wait_for_more_of_them(model: LatencyModel) -> None:

@@ -79,7 +79,7 @@ def between_passes(
     if not state.parked.rows:
         return None
     ready = int(state.parked.ready.max())
-    if ready < boarding.good_rows(state.parked, model) or not _pays(model, ready, len(ls)):
+    if not boarding.are_good(ready, state.parked, model) or not _pays(model, ready, len(ls)):
         return None
     pause = deadlines.pause_ns(state, cost_ns(model, load_of(ls), Regime.LS_DECODE), now_ns)
     if pause <= 0:

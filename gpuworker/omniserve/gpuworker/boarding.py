@@ -109,5 +109,10 @@ def good_rows(parked: StageCounts, model: LatencyModel) -> int:
     return model.rows_for_rate(-(-parked.rows // _COHORTS), _GOOD_RATE)
 
 
+def are_good(rows: int, parked: StageCounts, model: LatencyModel) -> bool:
+    """Whether `rows` of a stage wait for no more: cheaper than `good_rows`."""
+    return model.reaches_rate(rows, -(-parked.rows // _COHORTS), _GOOD_RATE)
+
+
 def _cost(stairs: Sequence[Staircase], fixed: Sequence[int], rows: Sequence[int]) -> float:
     return sum([s[f + n] - s[f] for s, f, n in zip(stairs, fixed, rows, strict=True)])

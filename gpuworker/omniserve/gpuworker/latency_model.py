@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,9 +42,8 @@ class Regime(enum.IntEnum):
     """... at the last one, which samples."""
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """Work of a set of fixed rows, additive."""
+class Load(NamedTuple):
+    """Work of a set of fixed rows, additive. A tuple, for a decision makes dozens of them."""
 
     rows: int = 0
     decode_rows: int = 0
@@ -52,7 +51,7 @@ class Load:
     decode_kv_tokens: int = 0
     prefill_kv_pairs: int = 0
 
-    def __add__(self, other: Load) -> Load:
+    def __add__(self, other: Load) -> Load:  # type: ignore[override]
         return Load(
             self.rows + other.rows,
             self.decode_rows + other.decode_rows,
@@ -155,8 +154,8 @@ class LatencyModel:
 
         As corrected: what a stage costs besides its dense work weighs more the fewer they are.
         """
-        rate = part * rows / self._own_stage_ns(rows)
         low, high = 0, rows
+        rate = part * rows / self._own_stage_ns(rows)
         while high - low > 1:
             middle = (low + high) // 2
             if middle >= rate * self._own_stage_ns(middle):
@@ -164,6 +163,12 @@ class LatencyModel:
             else:
                 low = middle
         return high
+
+    def reaches_rate(self, some: int, rows: int, part: float) -> bool:
+        """Whether `some` rows are enough for what `rows_for_rate` is about."""
+        if some == 0:
+            return False
+        return some / self._own_stage_ns(some) >= part * rows / self._own_stage_ns(rows)
 
     def _own_stage_ns(self, rows: int) -> float:
         # Between the factors of the two nearest sizes: a step from one to the other would look
