@@ -26,15 +26,16 @@ void bind_server(nb::module_& m) {
       .def(
           "__init__",
           [](ServerLoop* self, const std::string& path, unsigned threads, std::int64_t spin_us,
-             int nice, const std::vector<int>& cpus, std::int64_t fault_delay_us,
+             bool background, const std::vector<int>& cpus, std::int64_t fault_delay_us,
              std::uint64_t fault_seed) {
             new (self) ServerLoop(
-                path, LoopOptions{threads, spin_us, nice, cpus, fault_delay_us, fault_seed});
+                path, LoopOptions{threads, spin_us, background, cpus, fault_delay_us, fault_seed});
           },
-          Release(), "path"_a, "threads"_a = 1, "spin_us"_a = 0, "nice"_a = 0,
+          Release(), "path"_a, "threads"_a = 1, "spin_us"_a = 0, "background"_a = false,
           "cpus"_a = std::vector<int>{}, "fault_delay_us"_a = 0, "fault_seed"_a = 0)
       .def_prop_ro("not_adopted", &ServerLoop::not_adopted)
       .def_prop_ro("not_locked", &ServerLoop::not_locked)
+      .def_prop_ro("not_in_background", &ServerLoop::not_in_background)
       .def_prop_ro("attached", &ServerLoop::attached)
       .def_prop_ro("worker_id", [](const ServerLoop& l) { return l.owner().worker_id; })
       .def_prop_ro("epoch", [](const ServerLoop& l) { return l.owner().epoch; })

@@ -1,24 +1,36 @@
 #include "server_loop.h"
 
+#include <sched.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
-#include <sys/syscall.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <future>
 
 namespace omniserve {
 namespace {
 
 constexpr std::int64_t kMaxSleepUs = 100'000;
+constexpr int kLeastPriority = 19;
 
 std::int64_t now_us() {
   using namespace std::chrono;
   return duration_cast<microseconds>(steady_clock::now().time_since_epoch()).count();
+}
+
+// Moves the calling thread, and those that it starts from now on. Returns why it could not; "" if
+// it could. A low priority is less: with each of its time slices it takes a core from a stage of
+// the worker, whose other cores then wait for that one.
+std::string move_to_background() {
+  const sched_param none{};
+  if (sched_setscheduler(0, SCHED_IDLE, &none) == 0) return "";
+  std::string why = std::strerror(errno);
+  setpriority(PRIO_PROCESS, 0, kLeastPriority);
+  return why;
 }
 
 }  // namespace
@@ -30,17 +42,17 @@ ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
       delays_(options.fault_seed) {
   if (mapping_.size() < shm::kPageAlign) throw std::runtime_error(path + ": too small");
   if (mlock(mapping_.data(), mapping_.size()) != 0) not_locked_ = std::strerror(errno);
-  std::atomic<bool> ready{false};
+  std::promise<void> ready;
   thread_ = std::thread([this, &ready] {
-    setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), options_.nice);
+    if (options_.background) not_in_background_ = move_to_background();
     if (!options_.cpus.empty()) pin_this_thread(options_.cpus[0]);
     // Helpers inherit the priority.
     threads_ = std::make_unique<ThreadPool>(options_.threads, options_.cpus, options_.spin_us);
     recover();
-    ready.store(true);
+    ready.set_value();
     run();
   });
-  while (!ready.load()) std::this_thread::yield();
+  ready.get_future().wait();
 }
 
 ServerLoop::~ServerLoop() { stop(); }

@@ -20,7 +20,7 @@ namespace omniserve {
 struct LoopOptions {
   unsigned threads = 1;
   std::int64_t spin_us = 0;       // before each sleep; 0 on shared cores
-  int nice = 0;                   // of the loop and its helpers
+  bool background = false;        // the loop and its helpers run where nothing else wants to
   std::vector<int> cpus;          // pins thread i to cpus[i]; empty: not pinned
   std::int64_t fault_delay_us = 0;  // test switch: holds each answer up to this long
   std::uint64_t fault_seed = 0;
@@ -49,6 +49,8 @@ class ServerLoop {
   const std::string& not_adopted() const { return not_adopted_; }
   // Why the file could not be kept from being swapped out; "" if it was.
   const std::string& not_locked() const { return not_locked_; }
+  // Why the loop competes for cores although it should not; "" if it does as it was told.
+  const std::string& not_in_background() const { return not_in_background_; }
   bool attached() const { return attached_.load(std::memory_order_acquire); }
   // Only valid while attached, and between calls of format.
   const Owner& owner() const { return owner_; }
@@ -69,7 +71,7 @@ class ServerLoop {
   // than some tens of microseconds that ATTEND might have to wait.
   static std::size_t low_batch(const shm::Geometry& geometry);
 
-  // Grows at least ten times a second while the loop is alive.
+  // Grows at least ten times a second while the loop is alive and gets a core.
   std::uint64_t progress() const { return progress_.load(std::memory_order_relaxed); }
   ExecutorStats stats();
   std::uint32_t pages_free();
@@ -115,6 +117,7 @@ class ServerLoop {
   Owner owner_;
   std::string not_adopted_;
   std::string not_locked_;
+  std::string not_in_background_;
   std::unique_ptr<ThreadPool> threads_;
   Mapping bell_;
 

@@ -284,6 +284,19 @@ def test_exclusive_cores_that_other_servers_have_are_refused(shm_dir: Path) -> N
         first.close()
 
 
+@pytest.mark.parametrize("background", [True, False])
+def test_on_shared_cores_attention_is_in_the_background(shm_dir: Path, background: bool) -> None:
+    flag = "--background" if background else "--no-background"
+    server = ServerProcess(shm_dir, "--threads", "2", flag)
+    try:
+        tasks = Path(f"/proc/{server.process.pid}/task").iterdir()
+        policies = [os.sched_getscheduler(int(task.name)) for task in tasks]
+        assert policies.count(os.SCHED_IDLE) == (2 if background else 0)
+        assert ("shared cores, in the background" in server.log.read_text()) == background
+    finally:
+        server.close()
+
+
 def test_an_unusable_setting_is_named(shm_dir: Path) -> None:
     ended = run_server(shm_dir, "--threads", "0")
     assert ended.returncode == 2

@@ -317,7 +317,7 @@ class ServerLoop:
         path: str,
         threads: int = 1,
         spin_us: int = 0,
-        nice: int = 0,
+        background: bool = False,
         cpus: list[int] = ...,
         fault_delay_us: int = 0,
         fault_seed: int = 0,
@@ -331,6 +331,10 @@ class ServerLoop:
         """Why the file could not be kept from being swapped out; empty if it was."""
 
     @property
+    def not_in_background(self) -> str:
+        """Why the loop competes for cores in spite of `background`; empty if it does not."""
+
+    @property
     def attached(self) -> bool: ...
     @property
     def worker_id(self) -> str: ...
@@ -342,7 +346,7 @@ class ServerLoop:
     def geometry(self) -> Geometry: ...
     @property
     def progress(self) -> int:
-        """Grows at least ten times a second while the loop is alive."""
+        """Grows at least ten times a second while the loop is alive and gets a core."""
 
     def format(
         self,

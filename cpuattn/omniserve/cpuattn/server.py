@@ -66,7 +66,7 @@ def _start_loop(settings: CpuAttnSettings, cores: Cores) -> ServerLoop:
         str(settings.arena_path),
         threads=settings.threads,
         spin_us=settings.spin_us if exclusive else 0,
-        nice=0 if exclusive else settings.nice,
+        background=settings.background and not exclusive,
         cpus=cores.pinned,
         fault_delay_us=settings.fault_delay_ms * 1000,
         fault_seed=settings.fault_seed,
@@ -90,14 +90,22 @@ def _publish(servicer: health.HealthServicer, *, alive: bool) -> None:
         servicer.set(name, status)
 
 
+def _placed(settings: CpuAttnSettings, cores: Cores, loop: ServerLoop) -> str:
+    if cores.pinned:
+        return f"{settings.cores} cores, pinned"
+    if not settings.background:
+        return f"{settings.cores} cores"
+    refused = f" (at nice 19 instead: {loop.not_in_background})" if loop.not_in_background else ""
+    return f"{settings.cores} cores, in the background{refused}"
+
+
 def _say(
     settings: CpuAttnSettings, cores: Cores, arena: Arena, loop: ServerLoop, port: int
 ) -> None:
-    pinned = "pinned" if cores.pinned else f"not pinned, nice {settings.nice}"
     locked = f"not locked: {loop.not_locked}" if loop.not_locked else "locked"
     facts = [
         f"{settings.server_id} listening on {settings.listen} (port {port})",
-        f"{settings.threads} attention thread(s), {settings.cores} cores, {pinned}, "
+        f"{settings.threads} attention thread(s), {_placed(settings, cores, loop)}, "
         f"{kernel_name()} kernel",
         cores.map,
         f"arena {arena.path}, {arena.size_bytes} bytes, allocated, "

@@ -32,16 +32,19 @@ class CpuAttnSettings(ServiceSettings):
     threads: int = Field(1, ge=1, le=256, description="Threads that compute attention.")
     cores: Literal["shared", "exclusive"] = Field(
         "shared",
-        description="shared: no spinning, low priority. exclusive: one pinned core per thread, all "
-        "on one NUMA node, that no other server of the host has; spins before it sleeps.",
+        description="shared: no spinning, and see --background. exclusive: one pinned core per "
+        "thread, all on one NUMA node, that no other server of the host has; spins before it "
+        "sleeps.",
     )
     kernel: str = Field(
         "auto",
         description="Instruction set of the kernel, such as x86-64-v3: auto is the best that this "
         "CPU has; a name that it does not have is refused with those that it has.",
     )
-    nice: int = Field(
-        10, ge=0, le=19, description="Priority of the threads on shared cores, as in nice(1)."
+    background: bool = Field(
+        True,
+        description="On shared cores, attention runs only where nothing else on the host wants to "
+        "(SCHED_IDLE). Without, it competes with the worker for them.",
     )
     spin_us: int = Field(
         50, ge=0, description="How long threads on exclusive cores spin before they sleep, in us."
