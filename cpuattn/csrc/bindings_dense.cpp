@@ -15,6 +15,8 @@ namespace {
 
 using Int64s = nb::ndarray<const std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<float, nb::ndim<2>, nb::device::cpu>;
+using Tokens = nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Flags = nb::ndarray<const bool, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Angles = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<nb::ro, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
@@ -83,13 +85,24 @@ class BoundModel {
     model_.run(stage, places_);
   }
 
-  void finish(const std::vector<Part>& parts, const Floats& logits) {
+  void finish(const std::vector<Part>& parts, const Tokens& best,
+              const std::optional<Floats>& logits, const std::optional<Flags>& wanted) {
     place_rows(parts, false, true);
-    if (logits.shape(0) < places_.size() || logits.shape(1) != model_.shape().vocabulary ||
-        logits.stride(1) != 1)
+    const std::size_t rows = places_.size();
+    if (best.size() < rows) throw std::invalid_argument("best: must have room for all rows");
+    if (logits.has_value() != wanted.has_value())
+      throw std::invalid_argument("logits, wanted: give both or none");
+    if (wanted && wanted->size() != rows)
+      throw std::invalid_argument("wanted: must be as many as rows");
+    if (logits && (logits->shape(0) < rows || logits->shape(1) != model_.shape().vocabulary ||
+                   logits->stride(1) != 1))
       throw std::invalid_argument("logits: shape must be [rows, vocabulary], inner stride 1");
+    Outcome outcome{best.data(), nullptr, nullptr, 0};
+    if (wanted)
+      outcome = {best.data(), wanted->data(), logits->data(),
+                 static_cast<std::size_t>(logits->stride(0))};
     nb::gil_scoped_release release;
-    model_.finish(places_, logits.data(), static_cast<std::size_t>(logits.stride(0)));
+    model_.finish(places_, outcome);
   }
 
  private:
@@ -205,7 +218,8 @@ void bind_dense(nb::module_& m) {
       .def("set_ends", &BoundModel::set_ends, nb::kw_only(), "embedding"_a, "final_norm"_a,
            "head"_a)
       .def("run", &BoundModel::run, "stage"_a, "parts"_a)
-      .def("finish", &BoundModel::finish, "parts"_a, "logits"_a);
+      .def("finish", &BoundModel::finish, "parts"_a, "best"_a, "logits"_a = nb::none(),
+           "wanted"_a = nb::none());
 }
 
 }  // namespace omniserve

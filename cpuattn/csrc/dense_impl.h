@@ -161,12 +161,36 @@ INLINE Vec silu(Vec x) {
   return x * (x < Vec{} ? e * s : s);
 }
 
+INLINE void keep_best(Vec x, std::uint32_t panel, float* sums, std::uint32_t* panels) {
+  const Vec best = load(sums);
+  const UintVec from = load_as<UintVec>(panels), here = UintVec{} + panel;
+  const IntVec better = (x > best) | ((x == best) & (here < from));
+  store(sums, better ? x : best);
+  const UintVec now = better ? here : from;
+  std::memcpy(panels, &now, sizeof now);
+}
+
+// Sums of outputs behind the last one become -inf.
+INLINE Vec existing(Vec x, std::int32_t outputs) {
+  const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return lane < outputs ? x : broadcast(kNegInf);
+}
+
 template <typename F>
 INLINE void finish_row(const GemmUnit& u, std::uint32_t row, const float* tile) {
   Vec low = load(tile), high = load(tile + kLanes);
   const std::size_t at = row * u.out_stride;
   if (u.finish == Finish::kGate)
     return F::narrow(static_cast<typename F::Elem*>(u.out) + at, silu(low) * high);
+  if (u.finish == Finish::kBest) {
+    const auto columns = static_cast<std::int32_t>(u.columns);
+    const bool whole = u.columns == kPanelOutputs;
+    BestSums& best = u.best[row];
+    keep_best(whole ? low : existing(low, columns), u.index, best.sum, best.panel);
+    keep_best(whole ? high : existing(high, columns - kLanes), u.index, best.sum + kLanes,
+              best.panel + kLanes);
+    if (u.wanted == nullptr || !u.wanted[row]) return;
+  }
   float* out = static_cast<float*>(u.out) + at;
   if (u.finish == Finish::kAdd) {
     store(out, load(out) + low);

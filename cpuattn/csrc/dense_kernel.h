@@ -28,6 +28,14 @@ enum class Finish : std::uint32_t {
   kStore,  // float32 out = sum + bias
   kAdd,    // float32 out += sum
   kGate,   // out i = silu(sum i) * sum i + 16, for i < 16, in the dtype of the weights
+  kBest,   // best = the larger of best and sum; float32 out = sum, for rows where it is wanted
+};
+
+// The largest sum of a row so far, for each output of a panel, and the panel that has it: of equals
+// the first. A sum that is not a number is none.
+struct BestSums {
+  float sum[kPanelOutputs];
+  std::uint32_t panel[kPanelOutputs];
 };
 
 // Some rows times one panel.
@@ -40,9 +48,12 @@ struct GemmUnit {
   std::uint32_t rows;
   void* out;               // [rows][out_stride], the panel's first column
   std::size_t out_stride;  // elements
-  std::uint32_t columns;   // outputs of the panel that exist; kStore writes no more
+  std::uint32_t columns;   // outputs of the panel that exist; no others are written
   const float* bias;       // [kPanelOutputs] of the panel, or null; kStore only
   Finish finish;
+  BestSums* best = nullptr;      // [rows]; kBest only, as all that follows
+  const bool* wanted = nullptr;  // [rows], whose sums go to `out`; null for none
+  std::uint32_t index = 0;       // of the panel
 };
 
 // Heads of a row of q, k and v.

@@ -8,7 +8,7 @@
 namespace omniserve {
 namespace {
 
-// gather, output projection, norm, gate-up, down, norm, QKV, heads
+// gather, output projection, norm, gate-up, down, norm, QKV or head, heads or best tokens
 constexpr std::uint32_t kStepsOfStage = 8;
 // Rows of a unit of a step that works row by row.
 constexpr std::uint32_t kRowsOfUnit = 4;
@@ -46,11 +46,13 @@ struct Gemm {
   const void* x;
   std::size_t x_stride;
   std::uint32_t rows;
-  std::byte* out;
+  std::byte* out;           // null if kBest stores nothing
   std::size_t out_stride;   // elements
   std::size_t panel_bytes;  // of out
   const float* bias;
   Finish finish;
+  const BestTokens* best = nullptr;  // kBest only, as `wanted`
+  const bool* wanted = nullptr;
 
   void run(const Turn& turn) const {
     const std::byte* ahead = !turn.last ? matrix->panel(turn.unit + 1)
@@ -59,9 +61,10 @@ struct Gemm {
     const std::uint32_t first = turn.unit * kPanelOutputs;
     const std::uint32_t left = matrix->outputs - first;
     kernels->gemm({matrix->panel(turn.unit), ahead, x, x_stride, matrix->inputs, rows,
-                   out + turn.unit * panel_bytes, out_stride,
+                   out != nullptr ? out + turn.unit * panel_bytes : nullptr, out_stride,
                    left < kPanelOutputs ? left : kPanelOutputs,
-                   bias != nullptr ? bias + first : nullptr, finish});
+                   bias != nullptr ? bias + first : nullptr, finish,
+                   best != nullptr ? best->of(turn.worker) : nullptr, wanted, turn.unit});
   }
 };
 
@@ -127,7 +130,8 @@ std::size_t DenseModel::scratch_bytes() const {
   const std::size_t rows =
       padded(s.q_size()) + padded(s.hidden) + padded(s.intermediate) + 3 * kGap;
   const std::size_t sums = padded(s.hidden) + padded(s.qkv_size()) + 2 * kGap;
-  return kUnitRows * (rows * s.elem_bytes() + sums * sizeof(float));
+  const std::size_t best = threads_->threads() * sizeof(BestSums);
+  return kUnitRows * (rows * s.elem_bytes() + sums * sizeof(float) + best);
 }
 
 void DenseModel::take_scratch() {
@@ -146,6 +150,9 @@ void DenseModel::take_scratch() {
   gated_ = rows(s.intermediate);
   residual_ = sums(s.hidden);
   qkv_ = sums(s.qkv_size());
+  const std::uint32_t threads = threads_->threads();
+  std::byte* best = scratch_.take(std::size_t{threads} * kUnitRows * sizeof(BestSums));
+  best_ = {reinterpret_cast<BestSums*>(best), threads};
 }
 
 // Of the weights' memory; their padding is zero.
@@ -219,19 +226,19 @@ void DenseModel::run(std::uint32_t stage, const std::vector<RowPlace>& rows) {
   for (std::size_t first = 0; first < rows.size(); first += kUnitRows)
     run_part(stage, rows.data() + first,
              static_cast<std::uint32_t>(std::min<std::size_t>(kUnitRows, rows.size() - first)),
-             nullptr, 0);
+             {});
 }
 
-void DenseModel::finish(const std::vector<RowPlace>& rows, float* logits, std::size_t stride) {
+void DenseModel::finish(const std::vector<RowPlace>& rows, const Outcome& outcome) {
   check(rows, shape_.layers);
   for (std::size_t first = 0; first < rows.size(); first += kUnitRows)
     run_part(shape_.layers, rows.data() + first,
              static_cast<std::uint32_t>(std::min<std::size_t>(kUnitRows, rows.size() - first)),
-             logits + first * stride, stride);
+             outcome.from(first));
 }
 
-void DenseModel::run_part(std::uint32_t stage, const RowPlace* rows, std::uint32_t n, float* logits,
-                          std::size_t logits_stride) {
+void DenseModel::run_part(std::uint32_t stage, const RowPlace* rows, std::uint32_t n,
+                          const Outcome& outcome) {
   const DenseShape& s = shape_;
   const DenseKernels& k = kernels();
   const Layer* left = stage > 0 ? &layers_[stage - 1] : nullptr;
@@ -278,10 +285,13 @@ void DenseModel::run_part(std::uint32_t stage, const RowPlace* rows, std::uint32
     norm(entered != nullptr ? entered->attention_norm : final_norm_, r);
     if (entered != nullptr)
       k.narrow(residual_.rows + r * residual_.stride, s.hidden, rows[r].residual);
+    else
+      best_.clear(r);
   }, n};
   const Gemm head{&k, &head_, nullptr, normed_.rows, normed_.stride, n,
-                  reinterpret_cast<std::byte*>(logits), logits_stride,
-                  kPanelOutputs * sizeof(float), nullptr, Finish::kStore};
+                  reinterpret_cast<std::byte*>(outcome.logits), outcome.stride,
+                  kPanelOutputs * sizeof(float), nullptr, Finish::kBest, &best_, outcome.wanted};
+  const EachRow best{[&](std::uint32_t r) { outcome.best[r] = best_.token(r); }, n};
   const Gemm qkv{&k, &last_matrix, entered != nullptr ? &entered->attention_out : nullptr,
                  normed_.rows, normed_.stride, n, reinterpret_cast<std::byte*>(qkv_.rows),
                  qkv_.stride, kPanelOutputs * sizeof(float),
@@ -297,6 +307,7 @@ void DenseModel::run_part(std::uint32_t stage, const RowPlace* rows, std::uint32
     steps_.add(heads, heads.units());
   } else {
     steps_.add(head, head.matrix->panels());
+    steps_.add(best, best.units());
   }
   steps_.run();
 }

@@ -8,6 +8,7 @@
 #include <memory>
 #include <vector>
 
+#include "best_tokens.h"
 #include "dense_kernel.h"
 #include "omniserve/shm/layout.h"
 #include "packed_weights.h"
@@ -56,6 +57,19 @@ struct RowPlace {
   std::int64_t token;     // read in stage 0
 };
 
+// What the last stage yields.
+struct Outcome {
+  std::int64_t* best;  // [rows]: the token with the largest logit; of equals the first
+  const bool* wanted;  // [rows], whose logits are written; null for none
+  float* logits;       // [rows][stride]; not looked at if `wanted` is null
+  std::size_t stride;
+
+  Outcome from(std::size_t row) const {
+    if (wanted == nullptr) return {best + row, nullptr, nullptr, 0};
+    return {best + row, wanted + row, logits + row * stride, stride};
+  }
+};
+
 // Not thread-safe: one caller at a time. Allocates nothing after its construction.
 class DenseModel {
  public:
@@ -71,8 +85,8 @@ class DenseModel {
 
   // Runs `stage` < layers. Throws std::out_of_range and std::invalid_argument before it writes.
   void run(std::uint32_t stage, const std::vector<RowPlace>& rows);
-  // Runs stage `layers`; row i's logits go to logits + i * stride.
-  void finish(const std::vector<RowPlace>& rows, float* logits, std::size_t stride);
+  // Runs stage `layers`.
+  void finish(const std::vector<RowPlace>& rows, const Outcome& outcome);
 
  private:
   struct Layer {
@@ -94,9 +108,9 @@ class DenseModel {
   float* copy_floats(float* to, const std::byte* from, std::size_t n);
   void check(const std::vector<RowPlace>& rows, std::uint32_t stage) const;
   const DenseKernels& kernels() const;
-  // At most kUnitRows rows; logits: of the last stage.
-  void run_part(std::uint32_t stage, const RowPlace* rows, std::uint32_t n, float* logits,
-                std::size_t logits_stride);
+  // At most kUnitRows rows; outcome: of the last stage.
+  void run_part(std::uint32_t stage, const RowPlace* rows, std::uint32_t n,
+                const Outcome& outcome);
 
   DenseShape shape_;
   std::shared_ptr<ThreadPool> threads_;
@@ -110,6 +124,7 @@ class DenseModel {
   std::vector<float> cos_, sin_;
   Buffer<std::byte> attention_, normed_, gated_;
   Buffer<float> residual_, qkv_;
+  BestTokens best_;
 };
 
 }  // namespace omniserve

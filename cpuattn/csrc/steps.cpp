@@ -56,7 +56,7 @@ void Steps::take_units(Step& step, Share* shares, std::uint32_t own) {
     while (share.next.load(std::memory_order_relaxed) < share.end) {
       const std::uint32_t unit = share.next.fetch_add(1, std::memory_order_relaxed);
       if (unit >= share.end) break;
-      step.work(step.task, {unit, unit + 1 == share.end, thread, threads_});
+      step.work(step.task, {unit, unit + 1 == share.end, thread, own, threads_});
       ++taken;
     }
   }

@@ -14,6 +14,7 @@ struct Turn {
   std::uint32_t unit;
   bool last;             // of its thread's share; the next unit is unit + 1 otherwise
   std::uint32_t thread;  // whose share it is
+  std::uint32_t worker;  // which thread runs it
   std::uint32_t threads;
 
   // First unit of the thread's share of another step.

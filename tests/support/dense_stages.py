@@ -78,7 +78,12 @@ class Twin:
         )
         for index, layer in enumerate(self.layers):
             self.model.set_layer(index, **vars(layer))
-        self.model.set_ends(embedding=self.embedding, final_norm=self.final_norm, head=self.head)
+        self.set_head(self.head)
+
+    def set_head(self, head: torch.Tensor) -> None:
+        """Replaces the LM head."""
+        self.head = head
+        self.model.set_ends(embedding=self.embedding, final_norm=self.final_norm, head=head)
 
     def _layer(self, extras: bool) -> LayerWeights:
         shape = self.shape
@@ -107,7 +112,10 @@ class Twin:
     def run(
         self, stage: int, rows: Rows, tokens: Sequence[int], positions: Sequence[int]
     ) -> torch.Tensor | None:
-        """Runs `stage` natively, in place; returns the logits of the last."""
+        """Runs `stage` natively, in place; returns the logits of the last.
+
+        Its best tokens must be theirs, whichever logits are wanted, and others stay untouched.
+        """
         owner = StageRows(rows.residual, [Slots(rows.attention, rows.qkv)])
         at, ids = np.array(positions, np.int64), np.array(tokens, np.int64)
         part = (owner, None, None, None, at, ids)
@@ -115,7 +123,17 @@ class Twin:
             self.model.run(stage, [part])
             return None
         logits = torch.full((len(at), self.shape.vocabulary), torch.nan)
-        self.model.finish([part], logits)
+        best = np.full(len(at), -1, np.int64)
+        self.model.finish([part], best, logits, np.ones(len(at), np.bool_))
+        numbers = logits.isfinite().all(dim=1).numpy()
+        assert (best == logits.argmax(dim=1).numpy())[numbers].all()
+        some, again = torch.full_like(logits, torch.nan), np.full_like(best, -1)
+        wanted = np.arange(len(at)) % 3 == 1
+        self.model.finish([part], again, some, wanted)
+        assert some[wanted].nan_to_num().equal(logits[wanted].nan_to_num())
+        assert some[~wanted].isnan().all()
+        self.model.finish([part], best)
+        assert (again == best).all()
         return logits
 
     def reference(

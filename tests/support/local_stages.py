@@ -10,6 +10,7 @@ from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.model.weights import WeightSource, load_weights
 from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.sampling_params import SamplingParams
 from omniserve.gpuworker.stages import StageRunner
 
 PAGE_TOKENS = 32
@@ -31,7 +32,8 @@ class LocalStages:
         The last `decoded` tokens go one by one, those before them in chunks.
         """
         prompt = len(tokens) - decoded
-        request = Request("r", True, np.array(tokens), prompt, 0, known=prompt)
+        sampling = SamplingParams(logprobs=1)  # so that there are logits
+        request = Request("r", True, np.array(tokens), prompt, 0, known=prompt, sampling=sampling)
         request.blocks = list(range(-(-len(tokens) // PAGE_TOKENS)))
         for start in range(0, prompt, chunk_tokens):
             last = self._run(Chunk(request, start, min(chunk_tokens, prompt - start)))
@@ -45,5 +47,5 @@ class LocalStages:
         cohort = Cohort([chunk], PAGE_TOKENS)
         nothing_boards = np.empty(0, np.int64)
         for stage in range(self._stages):
-            logits = self._runner.run(stage, [cohort], nothing_boards)
-        return None if logits is None else logits.clone()
+            finished = self._runner.run(stage, [cohort], nothing_boards)
+        return None if finished is None else finished.logits.clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -141,10 +142,27 @@ def test_rows_of_several_owners_are_read_and_written_where_their_indices_say() -
     logits = torch.zeros(6, SMALL.vocabulary)
     for i in range(4):
         slots[owners[i]].attention[at[i]] = plain.attention[2 + i]
-    twin.model.finish([parts[0], parts[1]], logits)
+    best = np.zeros(6, np.int64)
+    twin.model.finish([parts[0], parts[1]], best, logits, np.ones(6, np.bool_))
     wanted = twin.run(LAYERS, plain, tokens, positions)
     assert wanted is not None
     assert torch.equal(logits, wanted)
+    assert best.tolist() == wanted.argmax(dim=1).tolist()
+
+
+@pytest.mark.parametrize("kernel", kernel_names())
+def test_of_equal_logits_the_first_is_best_whoever_multiplies(kernel: str) -> None:
+    use_kernel(kernel)
+    for shape, threads in itertools.product((SMALL, ODD), (1, 3)):
+        twin = Twin(shape, "bfloat16", extras=False, threads=threads)
+        for different in (33, 1):  # logits, again and again
+            twin.set_head(twin.head[torch.arange(shape.vocabulary) % different])
+            rows = twin.rows(9)
+            best = np.full(9, -1, np.int64)
+            part = (StageRows(rows.residual, [Slots(rows.attention, rows.qkv)]), *[None] * 5)
+            twin.model.finish([part], best)
+            assert best.max() < different
+            twin.run(LAYERS, rows, *places(9, shape))
 
 
 def test_the_padding_of_a_batch_does_not_leak_into_the_next() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +12,18 @@ from hypothesis import strategies as st
 from support.engine_states import request
 from support.sampling_reference import next_token
 
+from omniserve.gpuworker import sampling
 from omniserve.gpuworker.requests import Place, Request
-from omniserve.gpuworker.sampling import logprobs, sample, uniform
+from omniserve.gpuworker.sampling import logprobs, uniform
 from omniserve.gpuworker.sampling_params import SamplingParams
 
 VOCABULARY = 64
 SEED_MAX = 2**64 - 1
+
+
+def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+    """As the worker does, with all logits at hand."""
+    return sampling.sample(logits.numpy().argmax(axis=-1), logits, requests)
 
 
 def sampled_request(seed: int = 0, known: int = 1, temperature: float = 1.0) -> Request:

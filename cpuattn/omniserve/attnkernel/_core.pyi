@@ -235,8 +235,18 @@ class DenseModel:
         before it writes anything.
         """
 
-    def finish(self, parts: Sequence[StagePart], logits: Array) -> None:
-        """Runs stage `layers`. logits: f32[rows or more, vocabulary], in the order of `parts`."""
+    def finish(
+        self,
+        parts: Sequence[StagePart],
+        best: Array,
+        logits: Array | None = None,
+        wanted: Array | None = None,
+    ) -> None:
+        """Runs stage `layers`; all arrays are in the order of `parts`.
+
+        best: i64[rows or more], the token with the largest logit, of equals the first.
+        logits: f32[rows or more, vocabulary], written where `wanted`, bool[rows], says so.
+        """
 
 class WorkerLink:
     """The worker's side of a segment. One per (epoch, server); not thread-safe; never blocks.

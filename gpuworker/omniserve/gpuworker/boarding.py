@@ -106,12 +106,17 @@ def pick_stage(parked: StageCounts, model: LatencyModel, now_ns: int) -> int | N
 
 def good_rows(parked: StageCounts, model: LatencyModel) -> int:
     """Rows of a stage that wait for no more: nearly the rate of all rows in two cohorts."""
-    return model.rows_for_rate(-(-parked.rows // _COHORTS), _GOOD_RATE)
+    return model.rows_for_rate(_cohort_rows(parked), _GOOD_RATE)
 
 
 def are_good(rows: int, parked: StageCounts, model: LatencyModel) -> bool:
     """Whether `rows` of a stage wait for no more: cheaper than `good_rows`."""
-    return model.reaches_rate(rows, -(-parked.rows // _COHORTS), _GOOD_RATE)
+    return model.reaches_rate(rows, _cohort_rows(parked), _GOOD_RATE)
+
+
+def _cohort_rows(parked: StageCounts) -> int:
+    """Of each cohort, if all parked rows had gathered."""
+    return -(-parked.rows // _COHORTS)
 
 
 def _cost(stairs: Sequence[Staircase], fixed: Sequence[int], rows: Sequence[int]) -> float:

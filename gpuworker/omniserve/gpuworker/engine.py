@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from omniserve.attnkernel import Bell
 from omniserve.gpuworker import be_stages, boarding, deadlines
 from omniserve.gpuworker.channel import EngineChannel
@@ -26,7 +24,7 @@ from omniserve.gpuworker.plan import Plan
 from omniserve.gpuworker.policies import Policy
 from omniserve.gpuworker.sampling import logprobs, sample
 from omniserve.gpuworker.settings import WorkerSettings
-from omniserve.gpuworker.stages import StageRunner
+from omniserve.gpuworker.stages import Finished, StageRunner
 
 _IDLE_WAIT_US = 50_000
 # Ready rows may wait for others of their stage, but not for long (boarding.PATIENCE_NS).
@@ -133,10 +131,10 @@ class Engine:
             boarded = self._parking.board(stage, min(unused, plan.boarding_most))
             unused -= len(boarded)
             if cohorts or len(boarded):
-                logits = self._stages.run(stage, cohorts, boarded)
+                finished = self._stages.run(stage, cohorts, boarded)
                 self._count(ls is not None, boarded)
-                if logits is not None:
-                    self._accept(cohorts, boarded, logits)
+                if finished is not None:
+                    self._accept(finished, boarded)
             if self._was_rung():
                 self._lifecycle.take_answers()
                 left = len(plan.stages) - ran
@@ -189,18 +187,18 @@ class Engine:
             if parking.ready_at(stage) < wanted:
                 self._bell.wait(seen, _WAIT_US)
 
-    def _accept(self, cohorts: list[Cohort], boarded: Rows, logits: torch.Tensor) -> None:
+    def _accept(self, finished: Finished, boarded: Rows) -> None:
         """Samples the rows of the last stage and hands each request its token."""
-        fixed = [r for cohort in cohorts for r in cohort.sampled]
-        requests = [*fixed, *self._parking.requests_of(boarded)]
-        tokens = sample(logits, requests)
+        requests, best, logits = finished
+        tokens = sample(best, logits, requests)
         self._outbox.logprobs = logprobs(logits, requests, tokens)
         now = self._clock_ns()
-        for request, token in zip(fixed, tokens, strict=False):
+        fixed = len(requests) - len(boarded)
+        for request, token in zip(requests[:fixed], tokens, strict=False):
             path = Path.LS if request.latency_sensitive else Path.DEVICE_RESIDENT
             self._lifecycle.accept(request, token, path, now)
         if len(boarded):
-            self._lifecycle.accept_parked(boarded, tokens[len(fixed) :], now)
+            self._lifecycle.accept_parked(boarded, tokens[fixed:], now)
 
     def _count(self, beside_ls: bool, boarded: Rows) -> None:
         counters = self._counters

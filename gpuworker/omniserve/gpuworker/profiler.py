@@ -103,6 +103,7 @@ class _Stages:
         )
         held.attention[:] = 0
         self._all, self._sampled = [held.all], [held.sampled]
+        self._wanted = np.zeros(rows, dtype=np.bool_)
         self.first()
 
     def first(self) -> None:
@@ -112,7 +113,7 @@ class _Stages:
         self._device.run(layer + 1, self._all)
 
     def last(self) -> None:
-        self._device.logits(self._sampled, self._rows)
+        self._device.finish(self._sampled, self._wanted)
 
 
 def _decode_attention(device: CpuDevice, context: int, page_tokens: int) -> tuple[float, float]:

@@ -47,13 +47,16 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=key)).random())
 
 
-def sample(logits: torch.Tensor, requests: Sequence[Request]) -> list[int]:
+def sample(
+    best: npt.NDArray[np.int64], logits: torch.Tensor, requests: Sequence[Request]
+) -> list[int]:
     """Returns the next token of each request.
 
-    logits: [requests, vocabulary] float32, row i for requests[i]; they stay as they are.
+    best: [requests], the tokens with the largest logits. logits: [requests, vocabulary] float32,
+    looked at where more is needed; they stay as they are.
     """
     rows = logits.numpy()
-    tokens: list[int] = rows.argmax(axis=-1).tolist()
+    tokens: list[int] = best.tolist()
     for index, request in enumerate(requests):
         if not request.sampling.takes_best:
             tokens[index] = _choose(rows[index].astype(np.float64), request)

@@ -29,5 +29,10 @@ class SamplingParams:
             and self.frequency_penalty == 0.0
         )
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether it takes more than the token with the largest logit."""
+        return not self.takes_best or self.logprobs > 0
+
 
 GREEDY = SamplingParams()

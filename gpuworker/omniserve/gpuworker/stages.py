@@ -7,6 +7,7 @@ leaves layer `l - 1` and enters layer `l` (see docs/architecture.md).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,19 @@ from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.device.rows import CohortRows, Part
 from omniserve.gpuworker.parking import ParkingLot, Rows
+from omniserve.gpuworker.requests import Request
 from omniserve.gpuworker.servers import AttentionServer
+
+
+class Finished(NamedTuple):
+    """What the last stage yields, in the order of its rows: those of cohorts, then boarded ones."""
+
+    requests: list[Request]
+    best: npt.NDArray[np.int64]
+    """[rows], the tokens with the largest logits."""
+    logits: torch.Tensor
+    """[rows, vocabulary] float32 where `needs_logits`, valid until the next last stage; else
+    anything or empty."""
 
 
 class StageRunner:
@@ -33,12 +46,10 @@ class StageRunner:
         self._slots: list[Slots] = []
         self._lot_rows = StageRows(parking.residual, [])
 
-    def run(self, stage: int, cohorts: Sequence[Cohort], boarded: Rows) -> torch.Tensor | None:
+    def run(self, stage: int, cohorts: Sequence[Cohort], boarded: Rows) -> Finished | None:
         """Takes all rows through `stage` and sends boarded rows away.
 
-        Returns, from the last stage only, the logits [rows, vocabulary] float32: those of each
-        cohort's `sampled` requests in order, then those of the boarded rows. Valid until the
-        next last stage.
+        Returns what the last stage yields if any row has gone through it.
         """
         if stage == self._layers:
             return self._finish(cohorts, boarded)
@@ -55,15 +66,19 @@ class StageRunner:
             cohort.stage = stage + 1
         return None
 
-    def _finish(self, cohorts: Sequence[Cohort], boarded: Rows) -> torch.Tensor | None:
+    def _finish(self, cohorts: Sequence[Cohort], boarded: Rows) -> Finished | None:
         """The last stage: only rows whose next token is wanted go through it."""
         parts = [self._held(cohort).sampled for cohort in cohorts]
-        count = sum(len(cohort.sampled) for cohort in cohorts) + len(boarded)
+        requests = [request for cohort in cohorts for request in cohort.sampled]
         if len(boarded):
             parts.append(self._parked(boarded, self._owners(boarded)))
+            requests += self._parking.requests_of(boarded)
         for cohort in cohorts:
             cohort.stage = self._layers + 1
-        return self._device.logits(parts, count) if count else None
+        if not requests:
+            return None
+        wanted = np.array([request.sampling.needs_logits for request in requests])
+        return Finished(requests, *self._device.finish(parts, wanted))
 
     def _held(self, cohort: Cohort) -> CohortRows:
         if cohort.held is None:

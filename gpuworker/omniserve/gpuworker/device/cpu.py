@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from omniserve.attnkernel import DenseModel, PagedKv, Threads
@@ -66,16 +68,25 @@ class CpuDevice:
         """Runs the dense work of a stage that is not the last over all rows of `parts`."""
         self._dense.run(stage, parts)
 
-    def logits(self, parts: Sequence[Part], rows: int) -> torch.Tensor:
-        """Runs the last stage over `parts`, which are `rows` rows.
+    def finish(
+        self, parts: Sequence[Part], wanted: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+        """Runs the last stage over `parts`.
 
-        Returns [rows, vocabulary] float32, valid until the next call.
+        wanted: [rows], whose logits are. Returns the token with the largest logit of each row,
+        [rows], and [rows, vocabulary] float32, valid until the next call and only where wanted;
+        the latter is empty if none are.
         """
+        rows = len(wanted)
+        best = np.empty(rows, dtype=np.int64)
+        if not wanted.any():
+            self._dense.finish(parts, best)
+            return best, self._logits[:0]
         if rows > len(self._logits):
             self._logits = torch.empty(rows, self.config.vocabulary)
         logits = self._logits[:rows]
-        self._dense.finish(parts, logits)
-        return logits
+        self._dense.finish(parts, best, logits, wanted)
+        return best, logits
 
     def attend(self, layer: int, cohort: Cohort, rows: CohortRows) -> None:
         """Appends k and v of a cohort's rows to the device KV, then attends, causally."""
