@@ -42,17 +42,17 @@ ServerLoop::ServerLoop(const std::string& path, const LoopOptions& options)
       delays_(options.fault_seed) {
   if (mapping_.size() < shm::kPageAlign) throw std::runtime_error(path + ": too small");
   if (mlock(mapping_.data(), mapping_.size()) != 0) not_locked_ = std::strerror(errno);
-  std::promise<void> ready;
-  thread_ = std::thread([this, &ready] {
+  const auto ready = std::make_shared<std::promise<void>>();  // the thread may use it last
+  thread_ = std::thread([this, ready] {
     if (options_.background) not_in_background_ = move_to_background();
     if (!options_.cpus.empty()) pin_this_thread(options_.cpus[0]);
     // Helpers inherit the priority.
     threads_ = std::make_unique<ThreadPool>(options_.threads, options_.cpus, options_.spin_us);
     recover();
-    ready.set_value();
+    ready->set_value();
     run();
   });
-  ready.get_future().wait();
+  ready->get_future().wait();
 }
 
 ServerLoop::~ServerLoop() { stop(); }
