@@ -17,7 +17,7 @@ from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.plan import Plan, Run
-from omniserve.gpuworker.scheduler import CHUNK_MIN, added_ns, be_chunks, cost_ns
+from omniserve.gpuworker.scheduler import CHUNK_MIN, added_ns, be_chunks, cost_ns, ls_regime
 
 # Stages of parked rows follow one another for so long before requests and memory are looked at.
 _RUN_NS = 10_000_000
@@ -76,7 +76,7 @@ def between_passes(
 
     LS rows share their passes, and BE rows a stage, with more of their kind.
     """
-    if not state.parked.rows:
+    if not state.parked.rows or ls_regime(ls) is not Regime.LS_DECODE:
         return None
     ready = int(state.parked.ready.max())
     if not boarding.are_good(ready, state.parked, model) or not _pays(model, ready, len(ls)):

@@ -99,9 +99,9 @@ def pause_ns(state: EngineState, pass_ns: float, now_ns: int) -> float:
     if prompts(state, waiting=True):
         return 0.0
     aim = 1.0 - state.limits.safety_margin
-    tpot_ns = min(r.tpot_slo_ns for r in state.ls_running)
+    tpot_ns = min([r.tpot_slo_ns for r in state.ls_running])
     gap_ns = min(_PACE * aim * tpot_ns, _PAUSE_PASSES * pass_ns)
-    paced_ns = min(r.last_token_ns for r in state.ls_running) + gap_ns - now_ns
+    paced_ns = min([r.last_token_ns for r in state.ls_running]) + gap_ns - now_ns
     return min(paced_ns, streams_slack_ns(state, aim, now_ns)) - pass_ns
 
 
