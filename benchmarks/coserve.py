@@ -12,8 +12,8 @@ A finished run is a line of the file `--runs`; a later call goes on where the fi
 `--runs-max` more at most. The last line of output is one JSON object with `policies[].{name,
 ls_attainment,ls_attainment_ci,ls_ttft_p99_ms,ls_tpot_p99_ms,be_tokens_per_s,
 be_roofline_tokens_per_s,tokens_by_path}`, `rate_per_s`, `saturation_per_s` and the machine's
-limits. `ls_attainment_ci` is the 95 % interval of a bootstrap over requests. `reserve` is the best
-of three headrooms, which it names.
+limits, which are measured before every run: hosts change. `ls_attainment_ci` is the 95 % interval
+of a bootstrap over requests. `reserve` is the best of three headrooms, which it names.
 """
 
 from __future__ import annotations
@@ -26,12 +26,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support import coserve_report, limits
+from support import coserve_report
 from support.coserve_runs import CoserveLoad, Runs, saturation_per_s
 from support.lengths import conversation
 from support.load import Slo
-from support.roofline import Machine
-from support.worker import THREADS
 
 TRACE = Path(__file__).parents[1] / "../shared/traces/azure2023_conv.csv.gz"
 POLICIES = ("omniserve", "ls-first", "reserve", "sync-offload", "preempt", "ls-only")
@@ -49,8 +47,7 @@ def main() -> int:
         device_kv_tokens=options.device_kv_tokens,
         sequences=options.sequences,
     )
-    machine = Machine(limits.read_bytes_per_s(THREADS), limits.gemm_flops(THREADS))
-    runs = Runs(options.runs, options.runs_max, machine)
+    runs = Runs(options.runs, options.runs_max)
     saturation = options.saturation
     if saturation is None and options.rate is None:
         saturation = saturation_per_s(load, runs)
@@ -59,7 +56,7 @@ def main() -> int:
         rate = LOAD * saturation
     if rate is not None:
         seeds = range(load.seeds(rate, options.requests))
-        _make_runs(load, rate, seeds, runs, options.policies, machine)
+        _make_runs(load, rate, seeds, runs, options.policies)
     report = coserve_report.pooled(runs.done, load)
     report |= {"saturation_per_s": saturation, "complete": not runs.exhausted}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
@@ -95,18 +92,18 @@ def _make_runs(
     seeds: Sequence[int],
     runs: Runs,
     policies: Sequence[str],
-    machine: Machine,
 ) -> None:
-    """`ls-only` first: the rooflines of the others need what it did."""
-    for policy, headroom in _configurations(policies):
-        for seed in seeds:
+    """All policies with one seed after the other, so that a host's drift meets them alike."""
+    for seed in seeds:
+        for policy, headroom in _configurations(policies):
             runs.make(load, policy, headroom, rate, seed)
-        if policy == "ls-only" and not runs.exhausted:
-            for line in coserve_report.rooflines(runs.done, load, machine, policies):
-                print(line, file=sys.stderr, flush=True)
+            if policy == "ls-only" and seed == seeds[0]:
+                for line in coserve_report.rooflines(runs.done, load, policies):
+                    print(line, file=sys.stderr, flush=True)
 
 
 def _configurations(policies: Sequence[str]) -> Iterator[tuple[str, float | None]]:
+    """`ls-only` first: the rooflines of the others need what it did."""
     yield "ls-only", None
     for policy in policies:
         if policy == "reserve":

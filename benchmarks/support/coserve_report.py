@@ -22,10 +22,11 @@ _RESAMPLES = 2000
 Runs = Sequence[dict[str, Any]]
 
 
-def rooflines(
-    runs: Runs, load: CoserveLoad, machine: Machine, policies: Sequence[str]
-) -> Iterator[str]:
+def rooflines(runs: Runs, load: CoserveLoad, policies: Sequence[str]) -> Iterator[str]:
     """Lines to print before the policies run: contexts are taken as half of the way."""
+    if not _ls_runs(runs):
+        return
+    machine = _machine(_ls_runs(runs))
     yield (
         f"reads {machine.read_bytes_per_s / 1e9:.1f} GB/s, "
         f"matrices {machine.matrix_flops / 1e9:.0f} GFLOP/s"
@@ -67,7 +68,7 @@ def _line(
     load: CoserveLoad,
     ls: LsLoad,
 ) -> dict[str, Any]:
-    machine = Machine(_mean(runs, "read_bytes_per_s"), _mean(runs, "matrix_flops"))
+    machine = _machine(runs)
     requests = [request for run in runs for request in run["requests"]]
     met = np.array([request["met"] for request in requests], dtype=float)
     ttfts = [r["ttft_ms"] for r in requests if r["ttft_ms"] is not None]
@@ -127,13 +128,23 @@ def _roofline(
 
 
 def _ls_load(runs: Runs) -> LsLoad:
-    """What `ls-only` did, mean over its last runs, which are of one rate."""
-    mine = [run for run in runs if run["policy"] == "ls-only"]
-    mine = [run for run in mine if run["rate_per_s"] == mine[-1]["rate_per_s"]]
+    """What `ls-only` did, mean over its runs."""
+    mine = _ls_runs(runs)
     if not mine:
         return LsLoad(0.0, 0.0, 0.0)
     names = ("busy_share", "passes_per_s", "ls_tokens_per_pass")
     return LsLoad(*(_mean(mine, name) for name in names))
+
+
+def _ls_runs(runs: Runs) -> Runs:
+    """The runs of `ls-only` at the rate of its last one: the others belong to the bisection."""
+    mine = [run for run in runs if run["policy"] == "ls-only"]
+    return [run for run in mine if run["rate_per_s"] == mine[-1]["rate_per_s"]]
+
+
+def _machine(runs: Runs) -> Machine:
+    """What the machine could do before each of `runs`, on average."""
+    return Machine(_mean(runs, "read_bytes_per_s"), _mean(runs, "matrix_flops"))
 
 
 def _mean(runs: Runs, name: str) -> float:

@@ -14,12 +14,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
+from support import limits
 from support.cpu_time import CpuTime
 from support.lengths import Lengths
 from support.load import Arrival, Load, Sent, Slo
 from support.roofline import Machine
 from support.telemetry import tokens_by_path
-from support.worker import pages_for, serve
+from support.worker import THREADS, pages_for, serve
 from support.worker_stack import WorkerStack
 
 from omniserve.client.bench.arrivals import arrival_times_s
@@ -30,6 +31,7 @@ BURSTINESS = 1 / 9
 """Shape of the Gamma gaps: their CV is one over its root, 3."""
 ATTAINED = 0.95
 _STEPS = 6
+_BISECTED = range(2)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,12 @@ class CoserveLoad:
 class Runs:
     """Finished runs by their keys, in a file that a later call goes on from."""
 
-    def __init__(self, path: Path | None, more: int, machine: Machine) -> None:
+    def __init__(self, path: Path | None, more: int) -> None:
         self.done: list[dict[str, Any]] = []
         self.exhausted = False
         """Whether a run was left out because this call had made enough."""
         self._path = path
         self._more = more
-        self._machine = machine
         if path is not None and path.is_file():
             self.done = [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -92,7 +93,8 @@ class Runs:
             self.exhausted = True
             return None
         self._more -= 1
-        made = key | asdict(self._machine) | _run(load, policy, headroom, rate_per_s, seed)
+        machine = Machine(limits.read_bytes_per_s(THREADS), limits.gemm_flops(THREADS))
+        made = key | asdict(machine) | _run(load, policy, headroom, rate_per_s, seed)
         self.done.append(made)
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,17 +111,31 @@ def saturation_per_s(load: CoserveLoad, runs: Runs) -> float | None:
     low, high = 0.0, 8.0
     for _ in range(_STEPS):
         rate = (low + high) / 2
-        attained = []
-        for seed in range(2):
-            made = runs.make(load, "ls-only", None, rate, seed)
-            if made is None:
-                return None
-            attained += [request["met"] for request in made["requests"]]
-        if np.mean(attained) >= ATTAINED:
+        missed = _missed(load, runs, rate)
+        if missed is None:
+            return None
+        if missed <= 1.0 - ATTAINED:
             low = rate
         else:
             high = rate
     return low
+
+
+def _missed(load: CoserveLoad, runs: Runs, rate_per_s: float) -> float | None:
+    """The part of the requests of two seeds that `ls-only` fails; None if the call has to end.
+
+    Without the second seed where the first misses too many for both: less than the part then.
+    """
+    requests = sum(len(load.arrivals(rate_per_s, seed)) for seed in _BISECTED)
+    missed = 0
+    for seed in _BISECTED:
+        made = runs.make(load, "ls-only", None, rate_per_s, seed)
+        if made is None:
+            return None
+        missed += sum(not request["met"] for request in made["requests"])
+        if missed / requests > 1.0 - ATTAINED:
+            break
+    return missed / requests
 
 
 def _run(
