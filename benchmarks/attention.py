@@ -39,7 +39,10 @@ DISTINCT_BYTES = 512 << 20
 # Below this many tokens a call is so short that starting it counts.
 LONG_TOKENS = 8192
 TOO_FAST = 1.02
-SETTLE_S = 0.003
+# torch's threads spin for several ms after their work: too short a pause halves who comes next.
+SETTLE_S = 0.03
+# Then its own threads wake, which takes as long as dozens of the shortest calls.
+WARM_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Sdpa:
 
 
 def alternate(rounds: int, calls: int, sides: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-    """Runs each side in turn, `calls` times a round, after a pause and a call that is not counted.
+    """Runs each side in turn, `calls` times a round, after a pause and calls that are not counted.
 
     The pause lets the threads of the side before fall asleep.
     """
@@ -108,7 +111,10 @@ def alternate(rounds: int, calls: int, sides: dict[str, Callable[[], Any]]) -> d
     for _ in range(rounds):
         for name, run in sides.items():
             time.sleep(SETTLE_S)
+            warm_ns = time.perf_counter_ns() + WARM_S * 1e9
             run()
+            while time.perf_counter_ns() < warm_ns:
+                run()
             results[name] += [run() for _ in range(1 if name in ("read", "sdpa") else calls)]
     return results
 

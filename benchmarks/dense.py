@@ -47,7 +47,8 @@ READ_BYTES = 512 << 20
 COPIES_BYTES = 256 << 20
 # A case takes about as long whatever its size, so that the host's drift meets all alike.
 CASE_S = 0.06
-SETTLE_S = 0.003
+# torch's threads spin for several ms after their work: too short a pause halves who comes next.
+SETTLE_S = 0.03
 PAGE_TOKENS = 32
 CONTEXT_TOKENS = 128
 

@@ -31,7 +31,8 @@ GEOMETRIES = ((9, 3, 64), (32, 8, 128))
 CHUNKS = (256, 1024)
 CONTEXTS = (0, 1024, 8192)
 MATRIX = 2048
-SETTLE_S = 0.003
+# torch's threads spin for several ms after their work: too short a pause halves who comes next.
+SETTLE_S = 0.03
 
 
 def sdpa(heads: int, kv_heads: int, dim: int, chunk: int, context: int) -> Callable[[], float]:
