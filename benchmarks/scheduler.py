@@ -117,6 +117,9 @@ class _Host:
     def is_mirrored(self, request: Request) -> bool:
         return request.server >= 0
 
+    def is_overdue(self, request: Request) -> bool:  # noqa: ARG002
+        return False
+
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST
 

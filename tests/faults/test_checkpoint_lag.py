@@ -1,4 +1,4 @@
-"""What the servers have not acknowledged is known, and is never given up on the device."""
+"""What the servers have not acknowledged is known, and given up on the device only for LS."""
 
 from __future__ import annotations
 
@@ -26,3 +26,17 @@ def test_kv_that_a_stopped_server_does_not_take_lags_and_stays_on_the_device(
         assert model.is_greedy(PROMPT, stream.finish())
         stack.wait_until("no lag", lambda s: s.telemetry.kv_checkpoint_lag_tokens == 0)
         assert stack.telemetry().demotions == 1
+
+
+def test_ls_gets_the_memory_of_best_effort_whose_server_has_stopped(tmp_path: Path) -> None:
+    model = TinyModel(tmp_path)
+    flags = model.flags() | {"device-kv-tokens": 1024}
+    with WorkerStack(worker_flags=flags, arena_bytes=ARENA_BYTES) as stack:
+        stack.signal_servers(signal.SIGSTOP)
+        batch = stack.start(PROMPT, 600, best_effort=True, ignore_eos=True)
+        batch.read(200)  # then it has all of its share of the device, and no way to leave
+        chat = stack.start([7] * 800, 40, ignore_eos=True)
+        assert len(chat.finish()) == 40
+        stack.signal_servers(signal.SIGCONT)
+        assert model.is_greedy(PROMPT, batch.finish())
+        assert stack.telemetry().recomputed_tokens > 0

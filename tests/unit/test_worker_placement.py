@@ -23,10 +23,14 @@ class Host:
     not_mirrored: frozenset[str] = frozenset()
     not_at_start: frozenset[str] = frozenset()
     full: bool = False
+    overdue: bool = False
     asked: list[str] = field(default_factory=list)
 
     def is_mirrored(self, request: Request) -> bool:
         return request.server >= 0 and request.request_id not in self.not_mirrored
+
+    def is_overdue(self, request: Request) -> bool:
+        return self.overdue and request.leaving and not self.is_mirrored(request)
 
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST and request.request_id not in self.not_at_start
@@ -43,6 +47,7 @@ def hosts(draw: st.DrawFn) -> Host:
     return Host(
         frozenset(draw(st.sets(st.sampled_from(names)))),
         frozenset(draw(st.sets(st.sampled_from(parked)))),
+        draw(st.booleans()),
         draw(st.booleans()),
     )
 
@@ -119,7 +124,7 @@ def test_a_request_changes_places_once_and_only_when_it_may_be(
         assert host.is_mirrored(demoted)
         assert not demoted.in_cohort
     for abandoned in moves.abandon:
-        assert abandoned.place is Place.PREFILLING
+        assert abandoned.place is Place.PREFILLING or host.is_overdue(abandoned)
         assert not abandoned.in_cohort
     for promoted in moves.promote:
         assert host.waits_at_start(promoted)
@@ -166,6 +171,15 @@ def test_residents_that_are_not_mirrored_yet_leave_first() -> None:
     state = state_with(0, resident("old"), resident("new"), ls_waiting=[chat("chat", 2)])
     moves = decide(state, Host(not_mirrored=frozenset({"old", "new"})), "auto")
     assert (names(moves.leave), moves.demote, moves.admit_ls) == (["new"], [], [])
+
+
+def test_a_server_that_stopped_does_not_keep_ls_from_memory() -> None:
+    leaving = [resident(name, leaving=True) for name in ("oldest", "old", "new")]
+    state = state_with(0, *leaving, ls_waiting=[chat("chat", 3)])
+    stopped = frozenset({"oldest", "old", "new"})
+    assert decide(state, Host(stopped), "auto").abandon == []
+    moves = decide(state, Host(stopped, overdue=True), "auto")
+    assert (names(moves.abandon), names(moves.leave)) == (["new", "old"], [])
 
 
 def test_a_prompt_is_abandoned_only_when_nothing_else_gives_room() -> None:

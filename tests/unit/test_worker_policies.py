@@ -153,6 +153,9 @@ class Nothing:
     def is_mirrored(self, request: Request) -> bool:  # noqa: ARG002
         return False
 
+    def is_overdue(self, request: Request) -> bool:  # noqa: ARG002
+        return False
+
     def waits_at_start(self, request: Request) -> bool:  # noqa: ARG002
         return False
 

@@ -52,8 +52,7 @@ class Engine:
         self._bell = bell
         self._clock_ns = clock_ns
         self._outbox = Outbox(channel)
-        self._lifecycle = Lifecycle(settings, device, self._outbox, clock_ns)
-        self._lifecycle.placement = policy.placement
+        self._lifecycle = Lifecycle(settings, device, self._outbox, policy.placement, clock_ns)
         self._inbox = Inbox(channel, self._lifecycle)
         self._state = self._lifecycle.state
         self._counters = self._lifecycle.counters

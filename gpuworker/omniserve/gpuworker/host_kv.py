@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from omniserve.attnkernel import PagedKv, WorkerLink
 from omniserve.gpuworker.kv.mirror import Mirror
-from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.requests import Place, Request
 from omniserve.gpuworker.servers import AttentionServer, Ints
 
 
@@ -23,7 +24,8 @@ class HostKv:
         self._page_tokens = page_tokens
         self._mirrors: dict[int, Mirror] = {}
         self._lingering: list[Request] = []
-        """Ended here, but transfers are out: FREE follows when they are answered."""
+        """What is left of requests that gave their sequence back while transfers were out: FREE
+        follows when they are answered."""
         self._freeing: set[tuple[int, int]] = set()
         """(server, sequence) whose FREE is not answered yet."""
         self.refused: list[tuple[Request, int]] = []
@@ -41,11 +43,8 @@ class HostKv:
         return next((s for s in self.servers if s.index == index), None)
 
     def can_reserve(self, request: Request) -> bool:
-        """Whether a server has a sequence and the pages of prompt + max_tokens.
-
-        A request that went back to its queue waits until its last transfers are answered.
-        """
-        return request.transfers == 0 and any(server.has_room(request) for server in self.servers)
+        """Whether a server has a sequence and the pages of prompt + max_tokens."""
+        return any(server.has_room(request) for server in self.servers)
 
     def reserve(self, request: Request) -> None:
         """Reserves room for all of `request` at the server with most pages free."""
@@ -53,16 +52,23 @@ class HostKv:
         max(roomy, key=lambda server: server.pages_free).reserve(request)
 
     def release(self, request: Request) -> None:
-        """Gives the sequence back, at once or when its transfers are answered."""
+        """Gives the sequence back: the request may start anew at once.
+
+        Its transfers that are out keep sequence and pages until the server has answered them,
+        which a stopped one does not.
+        """
         if request.server < 0:
             return
-        if request.transfers:
-            self._lingering.append(request)
-        else:
+        if request.transfers == 0:
             self._free(request)
+            return
+        remains = replace(request, place=Place.ENDED, blocks=[])
+        self._mirrors[request.server].hand_over(request, remains)
+        self._lingering.append(remains)
+        self.forget(request)
 
     def forget(self, request: Request) -> None:
-        """Its server lost its arena: there is nothing to give back."""
+        """It has no sequence any more: its server lost its arena, or it was given back."""
         request.server = request.sequence = -1
         request.transfers = request.mirrored_sent = request.mirrored = 0
 

@@ -29,6 +29,10 @@ from omniserve.gpuworker.telemetry import Counters
 from omniserve.internal.v1 import attention_pb2
 from omniserve.v1 import types_pb2
 
+# A BE request that leaves the device is mirrored an iteration or two later, unless its server has
+# stopped.
+_LEAVING_NS = 250_000_000
+
 
 class Path(enum.Enum):
     """How an output token came about, for the figures."""
@@ -47,11 +51,11 @@ class Lifecycle:
         settings: WorkerSettings,
         device: CpuDevice,
         outbox: Outbox,
+        placement: Placement,
         clock_ns: Callable[[], int],
     ) -> None:
         config = device.config
         pages = settings.device_kv_tokens // settings.page_tokens
-        addresses = settings.attention_server_addresses
         self.counters = Counters()
         self.blocks = DeviceBlocks(
             pages,
@@ -60,12 +64,13 @@ class Lifecycle:
             prefix_cache=settings.prefix_cache,
             exact_host=settings.kv_dtype == "auto",
         )
+        self._clock_ns = clock_ns
         self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
-        rows = max(1, settings.be_sequences_max * len(addresses))
+        rows = max(1, settings.be_sequences_max * len(settings.attention_server_addresses))
         self.parking = ParkingLot(rows, config.layers + 1, config.hidden, device.dtype, clock_ns)
         self.host = HostKv(device.kv, config.layers, settings.page_tokens)
         self.servers = self.host.servers
-        self.placement: Placement = settings.be_placement if addresses else "device"
+        self.placement = placement
         self._eos = frozenset(config.eos_token_ids)
         self._outbox = outbox
         self._requests: dict[str, Request] = {}
@@ -193,6 +198,8 @@ class Lifecycle:
             self.host.forget(request)
             if parked:
                 self._requeue(request)
+                if self.state.pages_for(request.known + 1) > self.state.blocks_total:
+                    self._doom(request)  # too long by now to start over here: ends as cancelled
         self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
         for request in lost:
             if request.place is not Place.WAITING:
@@ -227,6 +234,10 @@ class Lifecycle:
         self._look_at_mirror(request)
         return request.mirrored >= request.computed
 
+    def is_overdue(self, request: Request) -> bool:
+        waited_ns = self._clock_ns() - request.left_ns
+        return request.leaving and not self.is_mirrored(request) and waited_ns > _LEAVING_NS
+
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST and self.parking.at_start(request.row)
 
@@ -242,7 +253,7 @@ class Lifecycle:
         for request in moves.abandon:
             self._requeue(request)
         for request in moves.leave:
-            request.leaving = True
+            self._leave(request)
         for request in moves.demote:
             self._demote(request)
         for request in moves.admit_ls:
@@ -270,7 +281,7 @@ class Lifecycle:
             if self._random.random() >= self._move_chance:
                 continue
             if request.place is Place.DEVICE and request.server >= 0:
-                request.leaving = True
+                self._leave(request)
             elif self._may_promote(request):
                 self._promote(request)
 
@@ -321,6 +332,10 @@ class Lifecycle:
         self._start(request, tokens)
         self.state.be_device.append(request)
 
+    def _leave(self, request: Request) -> None:
+        if not request.leaving:
+            request.leaving, request.left_ns = True, self._clock_ns()
+
     def _demote(self, request: Request) -> None:
         self.state.be_device.remove(request)
         self.blocks.demote(request)
@@ -346,6 +361,7 @@ class Lifecycle:
         self.blocks.release(request)
         self.host.release(request)
         request.computed = 0
+        request.leaving = False
         request.place = Place.WAITING
         self.state.be_waiting.appendleft(request)
 

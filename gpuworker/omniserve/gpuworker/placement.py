@@ -58,6 +58,9 @@ class HostView(Protocol):
     def is_mirrored(self, request: Request) -> bool:
         """Whether an arena has every computed token, so that the device pages can go at once."""
 
+    def is_overdue(self, request: Request) -> bool:
+        """Whether a request that leaves has waited for its server for so long that LS may not."""
+
     def waits_at_start(self, request: Request) -> bool:
         """Whether a parked request is ready at stage 0, where alone it can be held."""
 
@@ -161,7 +164,16 @@ class _Decision:
                 if reach < pages and not request.in_cohort:
                     self._moves.abandon.append(request)
                     reach += len(request.blocks)
-        elif not self._moves.leave and not any(r.leaving for r in self._residents):
+            return
+        # A server that has stopped, or is gone, must not keep LS from the memory.
+        reach = self._free
+        reach += sum(len(r.blocks) for r in self._residents if self._host.is_mirrored(r))
+        for request in reversed(self._residents):
+            if reach < pages and not request.in_cohort and self._host.is_overdue(request):
+                self._moves.abandon.append(request)
+                reach += len(request.blocks)
+        self._moves.leave = [r for r in self._moves.leave if r not in self._moves.abandon]
+        if not self._moves.leave and not any(r.leaving for r in self._residents):
             self._moves.abandon = [
                 r for r in self._state.be_device if r.place is Place.PREFILLING and not r.in_cohort
             ]

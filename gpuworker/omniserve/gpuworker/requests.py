@@ -66,6 +66,8 @@ class Request:
     """Member of a cohort that is on its way through the stages."""
     leaving: bool = False
     """Decodes no further on the device: it is demoted as soon as its last token is mirrored."""
+    left_ns: int = 0
+    """When it began to."""
     doomed: bool = False
     """Cancelled or failed: it ends as soon as none of its rows is on its way."""
     error: str = ""

@@ -71,6 +71,12 @@ class Mirror:
         self._server.transfer_slots_free.extend(slots.tolist())
         return refused
 
+    def hand_over(self, request: Request, heir: Request) -> None:
+        """Transfers of `request` that are out are answered to `heir` from now on."""
+        for slot, owner in enumerate(self._owner):
+            if owner is request:
+                self._owner[slot] = heir
+
     def _take_slots(self, start: int, end: int) -> tuple[Ints, int]:
         """Takes slots for tokens `start` to `end` in every layer, as far as they go.
 
