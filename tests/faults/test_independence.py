@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -11,6 +12,7 @@ from support.prompts import real_prompts
 from support.stack import wait_for
 from support.worker_stack import Stream, WorkerStack
 
+from omniserve.errors import NoWorkerError, from_rpc_error
 from omniserve.internal.v1 import worker_pb2
 from omniserve.v1 import status_pb2, types_pb2
 
@@ -137,6 +139,44 @@ def test_one_stopped_server_holds_up_its_own_requests_only(
     stack.wait_until("only its own are left", lambda s: _only_away(s.telemetry))
     stack.servers[0].process.send_signal(signal.SIGCONT)
     assert [s.finish() for s in streams] == expected
+
+
+def test_an_id_is_free_again_once_its_last_request_has_ended(
+    stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    stream = stack.start(prompts[0], 2000, best_effort=True, ignore_eos=True, request_id="again")
+    stream.read(BEGUN)
+    stack.signal_servers(signal.SIGSTOP)
+    stack.wait_until("its row away", lambda status: status.telemetry.rows_away == 1)
+    stream.call.cancel()
+    time.sleep(LEASE_S + 0.5)  # the engine cannot let go of it yet
+    with pytest.raises(grpc.RpcError) as refused:
+        stack.start(prompts[0], TOKENS, request_id="again", ignore_eos=True).finish()
+    assert isinstance(from_rpc_error(refused.value), NoWorkerError)
+    stack.signal_servers(signal.SIGCONT)
+    stack.wait_until("its end", is_empty)
+    options = {"best_effort": True, "ignore_eos": True, "request_id": "again"}
+    assert stack.start(prompts[0], TOKENS, **options).finish() == expected[0]
+
+
+def test_a_log_of_other_tokens_is_not_taken_for_the_request(
+    stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    moved = [*prompts[0], *expected[0][:10]]  # as if another worker had generated ten
+    options = {"best_effort": True, "ignore_eos": True, "request_id": "moved"}
+    stream = stack.start(moved, 2000, generated_tokens=10, **options)
+    stream.read(BEGUN)
+    stream.call.cancel()
+
+    def from_the_start() -> list[int] | None:
+        try:
+            return stack.start(prompts[0], TOKENS, **options).finish()
+        except grpc.RpcError as error:
+            if isinstance(from_rpc_error(error), NoWorkerError):
+                return None
+            raise
+
+    assert wait_for("the id", from_the_start) == expected[0]
 
 
 def _only_away(telemetry: status_pb2.Telemetry) -> bool:

@@ -90,6 +90,11 @@ class TokenStream:
         """Generated tokens handed out so far, by this stream or before it."""
         return self._first_offset + len(self._seen)
 
+    @property
+    def base(self) -> int:
+        """Generated tokens that are part of the prompt the worker has."""
+        return self._base
+
     async def cancel(self) -> bool:
         """Ends the request at its worker at once; False if it had ended."""
         self._cancelled = True
@@ -126,7 +131,10 @@ class TokenStream:
 
     async def _attempt(self) -> AsyncGenerator[Tokens, None]:
         self._placed(self.worker, self._base)
-        call = self.worker.stub.Generate(self._worker_request(), timeout=self._timeout_s)
+        try:
+            call = self.worker.stub.Generate(self._worker_request(), timeout=self._timeout_s)
+        except grpc.aio.UsageError as error:
+            raise WorkerLostError("its channel is closed") from error
         try:
             async for response in call:
                 # A worker may send again what it sent before; hand out only what is new.
@@ -150,16 +158,23 @@ class TokenStream:
             if error.code() in _LOST_CODES:
                 raise WorkerLostError(f"{error.code().name} {error.details()}") from error
             raise OmniServeError(f"worker: {error.code().name} {error.details()}") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise WorkerLostError("its channel was closed") from error
         finally:
             call.cancel()
         raise WorkerLostError("its stream ended early")
 
     async def _move(self, lost_s: float) -> bool:
         """Waits for a worker to go on at, another or the same again; False if cancelled."""
-        while not self._cancelled:
+        while True:
             if time.monotonic() - lost_s > self._patience_s:
                 raise NoWorkerError(f"no worker for {self._patience_s:.0f} s", retry_after_s=1.0)
             await asyncio.sleep(RETRY_S)
+            if self._cancelled:
+                return False
             try:
                 worker = self._router.pick(self._cost, avoid=self.worker.worker_id)
             except NoWorkerError:
@@ -170,7 +185,6 @@ class TokenStream:
                 self._base = self.offset
             self.worker = worker
             return True
-        return False
 
     def _worker_request(self) -> worker_pb2.WorkerServiceGenerateRequest:
         """The request with `base` generated tokens behind its prompt, resumed at our offset.
@@ -181,7 +195,7 @@ class TokenStream:
         attempt.CopyFrom(self._request)
         if not self._first_offset:
             attempt.prompt_token_ids.extend(self._seen[: self._base])
-            attempt.generated_tokens = self._base
+        attempt.generated_tokens = self._base
         attempt.sampling.max_tokens -= self._base
         attempt.resume_offset = self.offset - self._base
         return attempt
@@ -205,5 +219,7 @@ async def cancel_at(worker: Worker, request_id: str) -> bool:
         response = await worker.stub.Cancel(request, timeout=CANCEL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         log.info("cancel %s at %s: %s", request_id, worker.worker_id, error.code().name)
+        return False
+    except grpc.aio.UsageError:  # the worker is gone and its channel closed
         return False
     return bool(response.cancelled)

@@ -66,7 +66,9 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             if log := self._logs.get(event.ended.request_id):
                 log.cached_tokens = event.ended.cached_tokens
                 log.end(event.ended.reason, event.ended.error)
-                if log.readers == 0:
+                if log.dropped:
+                    del self._logs[log.request_id]
+                elif log.readers == 0:
                     self._expire_later(log)
         elif kind == "telemetry":
             self.telemetry = event.telemetry
@@ -98,6 +100,8 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         except OmniServeError as error:
             await abort_aio(context, error)
         log.readers += 1
+        if log.expiry is not None:
+            log.expiry.cancel()
         offset = request.resume_offset
         try:
             while True:
@@ -118,10 +122,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
                 finish_reason=log.finish_reason,
                 cached_tokens=log.cached_tokens,
             )
-            self._logs.pop(log.request_id, None)
+            if self._logs.get(log.request_id) is log:
+                del self._logs[log.request_id]
         finally:
             log.readers -= 1
-            if log.readers == 0 and log.request_id in self._logs:
+            if log.readers == 0 and self._logs.get(log.request_id) is log:
                 self._expire_later(log)
 
     async def Cancel(  # noqa: N802
@@ -186,7 +191,12 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     def _open(self, request: worker_pb2.WorkerServiceGenerateRequest) -> RequestLog:
         """Finds the log to resume, or checks and submits a new request."""
         known = self._logs.get(request.request_id)
+        if known is not None and known.generated_before != request.generated_tokens:
+            self._drop(known)  # its tokens follow others than the caller's
+            known = self._logs.get(request.request_id)
         if known is not None:
+            if known.dropped:
+                raise NoWorkerError(f"request {known.request_id} is ending here", retry_after_s=0.1)
             if request.resume_offset > len(known.tokens):
                 raise InvalidArgumentError(
                     f"resume_offset {request.resume_offset} is beyond the "
@@ -203,7 +213,12 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self._check(request, self._ready.result())
         best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
         interval_s = self._settings.be_stream_interval_s if best_effort else 0.0
-        log = RequestLog(request.request_id, interval_s, best_effort=best_effort)
+        log = RequestLog(
+            request.request_id,
+            interval_s,
+            best_effort=best_effort,
+            generated_before=request.generated_tokens,
+        )
         self._logs[request.request_id] = log
         now_ns = time.monotonic_ns()  # as the engine's clock
         try:
@@ -248,16 +263,19 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             )
 
     def _expire_later(self, log: RequestLog) -> None:
+        """Begins the orphan lease: if nobody comes back in time, the request goes."""
+        if log.expiry is not None:
+            log.expiry.cancel()
         loop = asyncio.get_running_loop()
-        loop.call_later(self._settings.orphan_lease_s, self._expire, log)
+        log.expiry = loop.call_later(self._settings.orphan_lease_s, self._drop, log)
 
-    def _expire(self, log: RequestLog) -> None:
-        """The orphan lease is over: if nobody came back, the request goes."""
-        if log.readers or self._logs.get(log.request_id) is not log:
-            return
-        del self._logs[log.request_id]
-        if not log.ended:
+    def _drop(self, log: RequestLog) -> None:
+        """Forgets `log`, as soon as the engine has no request of its id any more."""
+        if log.ended:
+            del self._logs[log.request_id]
+        elif not log.dropped:
+            log.dropped = True
             try:
                 self._channel.send(engine_pb2.EngineCommand(cancel=log.request_id))
             except NoWorkerError as error:
-                _log.error("cancelling an orphan failed: %s", error)
+                _log.error("cancelling request %s failed: %s", log.request_id, error)

@@ -16,10 +16,17 @@ class RequestLog:
     """
 
     def __init__(
-        self, request_id: str, interval_s: float = 0.0, *, best_effort: bool = False
+        self,
+        request_id: str,
+        interval_s: float = 0.0,
+        *,
+        best_effort: bool = False,
+        generated_before: int = 0,
     ) -> None:
         self.request_id = request_id
         self.best_effort = best_effort
+        self.generated_before = generated_before
+        """Tokens that another worker generated: ours follow them."""
         self.tokens: list[int] = []
         self.released = 0
         self.logprobs: list[types_pb2.TokenLogprobs] = []
@@ -28,6 +35,10 @@ class RequestLog:
         self.error = ""
         self.cached_tokens = 0
         self.readers = 0
+        self.expiry: asyncio.TimerHandle | None = None
+        """Ends the orphan lease, while nobody reads."""
+        self.dropped = False
+        """Told to end, because nobody came back in time or it is not what is asked for now."""
         self._waiting: list[asyncio.Future[None]] = []
         # Requests that sample together must not send together for ever: LS streams would wait.
         self._interval_s = interval_s * random.uniform(0.5, 1.5)
