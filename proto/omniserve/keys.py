@@ -9,8 +9,8 @@
 | `omniserve:request:{request_id}` | string, JSON | REQUEST_TTL_S | controlplane that serves it |
 | `omniserve:be` | Stream, group BE_GROUP | none; an entry goes when its item ends | controlplane |
 | `omniserve:job:{job_id}` | hash | retention, from the job's end on | controlplane |
-| `omniserve:job:{job_id}:results` | list of JobResult, serialized | as the job | controlplane |
-| `omniserve:job:{job_id}:entries` | list of ids in `omniserve:be` | as the job | controlplane |
+| `omniserve:job_results:{job_id}` | list of JobResult, serialized | as the job | controlplane |
+| `omniserve:job_entries:{job_id}` | list of ids in `omniserve:be` | as the job | controlplane |
 
 Fields of a job's hash: `fingerprint` (SHA-256 of what was submitted), `state` (a JobState as a
 number), `total`, `completed`, `failed`. Fields of a Stream entry: `job`, `custom_id` and `request`
@@ -52,8 +52,8 @@ def job(job_id: str) -> str:
 
 
 def job_results(job_id: str) -> str:
-    return f"{PREFIX}job:{job_id}:results"
+    return f"{PREFIX}job_results:{job_id}"
 
 
 def job_entries(job_id: str) -> str:
-    return f"{PREFIX}job:{job_id}:entries"
+    return f"{PREFIX}job_entries:{job_id}"

@@ -92,6 +92,16 @@ def test_items_of_a_killed_worker_are_run_again(stack: Stack) -> None:
     assert_answered_exactly_once(controlplane, job_id)
 
 
+def test_items_that_have_grown_too_long_to_move_start_over(stack: Stack) -> None:
+    worker = stack.worker(prompt_tokens_max=2)
+    controlplane = stack.controlplane(**FLAGS)
+    job_id = submit(controlplane)
+    wait_for("some results", lambda: completed(controlplane, job_id) > 5)
+    worker.kill()
+    stack.worker(listen=worker.address, prompt_tokens_max=2)
+    assert_answered_exactly_once(controlplane, job_id)
+
+
 def test_without_redis_ls_goes_on_and_jobs_are_unavailable_until_it_is_back(
     stack: Stack,
 ) -> None:

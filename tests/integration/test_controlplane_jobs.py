@@ -205,3 +205,10 @@ def test_jobs_wait_for_a_worker(tmp_path_factory: pytest.TempPathFactory) -> Non
         assert results(controlplane, job_id, follow=False) == []
         own.worker()
         assert len(results(controlplane, job_id)) == 5
+
+
+def test_a_job_is_no_other_s_results_whatever_its_id(controlplane: ControlPlane) -> None:
+    for job_id in ("plain:results", "plain:entries", "plain"):
+        submit(controlplane, items(2), job_id)
+        assert len(results(controlplane, job_id)) == 2
+        assert get(controlplane, job_id).counts.completed == 2

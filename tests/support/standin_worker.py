@@ -89,6 +89,8 @@ class StandinWorker(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WorkerServiceGenerateResponse]:
         if request.prompt_token_ids[0] == REFUSED_TOKEN:
             await abort_aio(context, InvalidArgumentError("refused token", field="token_ids.ids"))
+        if len(request.prompt_token_ids) > self.options.prompt_tokens_max:
+            await abort_aio(context, InvalidArgumentError("too long", field="prompt_token_ids"))
         running = self.held.get(request.request_id)
         if running is None:
             if request.resume_offset:
@@ -166,6 +168,7 @@ async def main() -> None:
     parser.add_argument("--redis-url", required=True)
     parser.add_argument("--worker-id", default="standin")
     parser.add_argument("--token-s", type=float, default=0.002)
+    parser.add_argument("--prompt-tokens-max", type=int, default=8192)
     parser.add_argument("--ls-running", type=int, default=0)
     parser.add_argument("--prefill-token-ms", type=float, default=0.1)
     parser.add_argument("--decode-pass-ms", type=float, default=1.0)

@@ -17,8 +17,10 @@ from tokenizers import decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from omniserve.controlplane import tokenizer
+from omniserve.controlplane.prompts import encode_prompt
 from omniserve.controlplane.tokenizer import Tokenizer
-from omniserve.errors import ModelFileError
+from omniserve.errors import InvalidArgumentError, ModelFileError
+from omniserve.v1 import inference_pb2, types_pb2
 
 TEXTS = [
     "Hello  world é 😀 <|im_end|> 123",
@@ -254,3 +256,13 @@ def test_a_gguf_file_may_have_a_vocabulary_of_sentencepiece(tmp_path: Path) -> N
     assert ours.decode(token_ids) == " the answer, naïve 😀 an"
     assert ours.decode([2]) == ""
     assert ours.stop_tokens == {2}
+
+
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('roles must alternate') }}"])
+def test_a_chat_that_the_model_s_template_does_not_take_is_refused(template: str | None) -> None:
+    model = tokenizer.load(MODEL_PATH)
+    model.backend.chat_template = template
+    chat = types_pb2.Chat(messages=[types_pb2.ChatMessage(role="user", content="hi")])
+    with pytest.raises(InvalidArgumentError) as refused:
+        asyncio.run(encode_prompt(inference_pb2.GenerateRequest(chat=chat), "chat", model))
+    assert refused.value.field == "chat.messages"

@@ -70,6 +70,8 @@ class Dispatcher:
         reclaimed_s = -math.inf
         try:
             while True:
+                if renewing.done():
+                    renewing.result()  # raises: without renewal others would take our items
                 room = self._window_items - len(self._runs)
                 if room <= 0 or not self._router.workers:
                     await asyncio.sleep(IDLE_S)
@@ -125,7 +127,11 @@ class Dispatcher:
                 return await self._generate(run)
             except OmniServeError as error:
                 log.info("%s: %s", run.entry.request.request_id, error.message)
-                if isinstance(error, InvalidArgumentError) or type(error) is OmniServeError:
+                # What a worker generated became part of the prompt for the next one: if that is
+                # refused, the item as it was submitted need not be.
+                moved = run.stream is not None and run.stream.base > 0
+                refused = isinstance(error, InvalidArgumentError) and not moved
+                if refused or type(error) is OmniServeError:
                     # "Not this item", or a bug that would strike again: all others mean "not now".
                     return self._failed(run.entry, error.message)
                 await asyncio.sleep(RETRY_S)

@@ -6,6 +6,8 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+import jinja2
+
 from omniserve.controlplane.tokenizer import Tokenizer
 from omniserve.errors import ContextLengthExceededError, InvalidArgumentError, ModelNotFoundError
 from omniserve.sampling import check_sampling
@@ -79,9 +81,14 @@ async def encode_prompt(
         messages = request.chat.messages
         _check_chat(messages, prefix)
         _check_bytes([message.content for message in messages], tokenizer, f"{prefix}chat.messages")
-        return await tokenizer.encode_chat(
-            [{"role": message.role, "content": message.content} for message in messages]
-        )
+        try:
+            return await tokenizer.encode_chat(
+                [{"role": message.role, "content": message.content} for message in messages]
+            )
+        except (jinja2.TemplateError, ValueError) as error:  # ValueError: the model has none
+            raise InvalidArgumentError(
+                f"the model's chat template refuses it: {error}", field=f"{prefix}chat.messages"
+            ) from error
     if kind == "token_ids":
         return _checked_ids(request.token_ids.ids, tokenizer, f"{prefix}token_ids.ids")
     raise InvalidArgumentError(

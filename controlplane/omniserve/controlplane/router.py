@@ -151,8 +151,12 @@ class Router:
                 log.warning("redis lost: %s", error.message)
             self.redis_reachable = False
             return
-        self.redis_reachable = True
         now_s = self._scanned_s = self._clock_s()
+        if not self.redis_reachable:
+            # Heartbeats may have run out meanwhile: workers get their time to write new ones.
+            for worker in self.workers:
+                worker.seen_s = now_s
+        self.redis_reachable = True
         for value in values:
             if value is not None:
                 self._hear(value, now_s)
