@@ -54,9 +54,5 @@ class EngineState:
         held = sum([len(r.blocks) for r in self.be_device])
         return held + sum([len(r.blocks) for r in self.be_restoring])
 
-    @property
-    def be_blocks_max(self) -> int:
-        return int(self.blocks_total * self.limits.be_device_kv_share)
-
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

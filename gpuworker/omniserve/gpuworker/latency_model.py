@@ -124,15 +124,15 @@ class LatencyModel:
         self._factors = [[1.0] * _SIZES for _ in Regime]
         self._seen = [[0] * _SIZES for _ in Regime]
 
-    def pass_ns(self, load: Load, boarded_rows: int = 0) -> float:
-        """A whole pass with `load` in it and `boarded_rows` boarding each stage, uncorrected."""
-        rows = load.rows + boarded_rows
+    def pass_ns(self, load: Load) -> float:
+        """A whole pass with `load` in it, uncorrected."""
+        rows = load.rows
         if rows == 0:
             return 0.0
         return (
             self.first[rows]
             + (self.layers - 1) * self.middle[rows]
-            + self.last[load.sampled + boarded_rows]
+            + self.last[load.sampled]
             + self.layers * self.attention_ns(load)
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import threading
 import uuid
@@ -22,8 +23,6 @@ class BacklogLoad:
     settings: BenchSettings
     problems: Sequence[str]
     submitted: int = 0
-    submit_errors: int = 0
-    """Submissions that were refused or failed; tried again."""
     _counts: dict[str, JobCounts] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -61,13 +60,11 @@ class BacklogLoad:
         # A little over the backlog is outstanding, so that it is never under it between polls.
         step = max(1, self.settings.be_backlog // 8)
         while not self._stopping.is_set():
-            try:
+            with contextlib.suppress(OmniServeError):  # refused or failed: tried again
                 self._poll()
                 if self.submitted - self.completed - self.failed <= self.settings.be_backlog:
                     missing = self.settings.be_backlog + self.completed + self.failed
                     self._submit(missing + step - self.submitted)
-            except OmniServeError:
-                self.submit_errors += 1
             self._stopping.wait(POLL_S)
 
     def _poll(self) -> None:

@@ -26,8 +26,6 @@ _SPIN_US = 50
 class CpuDevice:
     """Runs dense stages and local attention. Shapes: rows are tokens of any requests."""
 
-    name = "cpu"
-
     def __init__(
         self,
         config: ModelConfig,
