@@ -49,6 +49,13 @@ def test_a_bad_variable_exits_2_and_is_named() -> None:
     assert "port" in done.stderr
 
 
+def test_a_list_in_a_variable_that_is_no_json_exits_2_and_is_named() -> None:
+    done = run("generate", "hi", OMNISERVE_STOP=".")
+    assert done.returncode == 2
+    assert "stop" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_deployment_that_is_not_there_exits_1_with_one_line() -> None:
     done = run("generate", "hi", "--address", "127.0.0.1:1")
     assert done.returncode == 1

@@ -47,8 +47,12 @@ class Client:
     certificates in that PEM file). `api_key` goes with every call; without TLS it may only go to
     this machine. Raises SettingsError for a file or a key that cannot be used.
 
-    Every method raises the typed errors of `omniserve.errors`, besides UnreachableError and
-    DeadlineExceededError. `timeout_s` bounds every call that does not stream.
+    Best-effort work is shared fairly between tenants, and cached KV only within one: `tenant` says
+    whose the calls are.
+
+    Every method raises the typed errors of `omniserve.errors`, besides UnreachableError,
+    DeadlineExceededError and CallCancelledError. `timeout_s` bounds every call that does not
+    stream.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""RPC failures as typed errors, those of omniserve.errors and the three that only a client sees."""
+"""RPC failures as typed errors, those of omniserve.errors and those that only a client sees."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class MessageTooLargeError(InvalidArgumentError):
     """The request is over the server's message size limit."""
 
     reason = "MESSAGE_TOO_LARGE"
+    grpc_code = grpc.StatusCode.RESOURCE_EXHAUSTED
     http_code = 413
 
 

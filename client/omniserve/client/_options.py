@@ -9,6 +9,7 @@ import click
 from pydantic import SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
+from pydantic_settings import SettingsError as UnreadableError
 
 from omniserve.errors import SettingsError
 
@@ -64,3 +65,5 @@ def read(kind: type[S], flags: dict[str, Any]) -> S:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])
         raise SettingsError(f"{field}: {first['msg']}", field=field) from error
+    except UnreadableError as error:  # a list's variable that is no JSON
+        raise SettingsError(str(error)) from error

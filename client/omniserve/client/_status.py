@@ -50,7 +50,7 @@ class Telemetry:
     ring_waits: int = 0
     """Times a full ring made the worker keep a message back."""
     recomputed_tokens: int = 0
-    """Prompt tokens computed more than once."""
+    """Tokens computed again: their KV was dropped, or their pass was called off."""
     ls_output_tokens: int = 0
     """Latency-sensitive tokens sampled."""
     be_output_tokens: int = 0
@@ -74,7 +74,7 @@ class Telemetry:
     ls_waiting: int = 0
     """Latency-sensitive requests not yet started."""
     be_device_resident: int = 0
-    """Best-effort requests decoding on the device."""
+    """Best-effort requests on the device, in prefill or decode."""
     be_waiting: int = 0
     """Best-effort requests not yet started."""
     rows_parked: int = 0

@@ -46,7 +46,8 @@ class GenerateSettings(ConnectSettings):
         default=0.0, description="Over 0: they come the less the more often they came."
     )
     stop: tuple[str, ...] = Field(
-        default=(), description="String to end before; may be given several times."
+        default=(),
+        description="String to end before; may be given several times (variable: a JSON list).",
     )
     logprobs: int = Field(
         default=0, ge=0, description="With --json: log probabilities of so many tokens each."

@@ -20,7 +20,7 @@ class Settings(ServiceSettings):
         env_prefix="OMNISERVE_CONTROLPLANE_", cli_prog_name="python -m omniserve.controlplane"
     )
 
-    listen: str = "127.0.0.1:8460"
+    listen: str = "127.0.0.1:8500"
     """Address of the gRPC server, host:port."""
     tls_cert_file: Path | None = None
     """PEM file with the certificate of the server, and its chain; plain text without one."""

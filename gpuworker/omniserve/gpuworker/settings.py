@@ -22,7 +22,7 @@ class WorkerSettings(ServiceSettings):
     """Everything that a worker can be told at start. Frozen; unknown keys fail."""
 
     model_config = SettingsConfigDict(
-        env_prefix="OMNISERVE_WORKER_", cli_prog_name="omniserve-gpuworker"
+        env_prefix="OMNISERVE_WORKER_", cli_prog_name="python -m omniserve.gpuworker"
     )
 
     worker_id: str = Field(
@@ -92,7 +92,9 @@ class WorkerSettings(ServiceSettings):
         description="Whether requests of one tenant share the KV of equal beginnings of their "
         "prompts and chats.",
     )
-    prefill_chunk_tokens_max: int = Field(512, ge=16, description="Largest prefill chunk.")
+    prefill_chunk_tokens_max: int = Field(
+        512, ge=16, description="Prompt tokens in one pass, at most."
+    )
     policy: Literal["omniserve", "ls-first", "reserve", "sync-offload", "preempt", "ls-only"] = (
         Field("omniserve", description="Who decides what runs; see docs/architecture.md.")
     )

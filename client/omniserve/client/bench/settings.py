@@ -20,7 +20,7 @@ class BenchSettings(BaseSettings):
     burstiness: float = Field(
         default=1.0,
         gt=0,
-        description="Shape of the gamma-distributed gaps; 1 is Poisson, less bursty.",
+        description="Shape of the gamma-distributed gaps; 1 is Poisson, less is burstier.",
     )
     max_concurrency: int = Field(
         default=0, ge=0, description="Chat requests in flight; 0 is unbounded."
