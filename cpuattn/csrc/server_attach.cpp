@@ -41,7 +41,8 @@ std::string why_not_adoptable(const shm::Header& h, const shm::Geometry& geometr
     return error.what();
   }
   const shm::Regions expected = shm::regions_of(geometry);
-  if (std::memcmp(&expected, &h.regions, sizeof expected) != 0 || expected.end > size ||
+  if (std::memcmp(&expected, &h.regions, sizeof expected) != 0 ||
+      !shm::fits(geometry, size) ||
       h.ring_capacity != shm::ring_capacity(geometry.slots) ||
       h.max_pages_per_sequence != shm::max_pages_per_sequence(geometry))
     return "its offsets do not fit its geometry";
@@ -117,7 +118,8 @@ void ServerLoop::format(const std::string& worker_id, std::uint64_t epoch,
     if (!layer.sinks.empty() && layer.sinks.size() != geometry.heads)
       throw std::invalid_argument("sinks: one for each head, or none");
   const shm::Regions regions = shm::regions_of(geometry);
-  if (regions.end > mapping_.size()) throw std::invalid_argument("the arena is too small");
+  if (!shm::fits(geometry, mapping_.size()))
+    throw std::invalid_argument("the arena is too small");
   Mapping bell = map_bell(bell_path);
   Visit visit(*this);
   shm::Header& h = header();

@@ -15,7 +15,7 @@ WorkerLink::WorkerLink(const std::string& path) : mapping_(path) {
   check_geometry(geometry);
   segment_ = SegmentView(mapping_.data(), geometry);
   const shm::Regions& regions = segment_.regions();
-  if (regions.end > mapping_.size()) refuse("the segment is truncated");
+  if (!shm::fits(geometry, mapping_.size())) refuse("the segment is truncated");
   epoch_ = header.epoch;
   segment_id_ = header.segment_id;
   const std::uint32_t capacity = shm::ring_capacity(geometry.slots);

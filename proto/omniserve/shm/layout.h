@@ -214,4 +214,11 @@ constexpr Regions regions_of(const Geometry& g) {
   return r;
 }
 
+// Whether `size` bytes hold the segment. Not `end <= size`, for `end` can wrap around: a geometry
+// within all its bounds can ask for more than 2^64 bytes of KV. What lies before KV stays far below.
+constexpr bool fits(const Geometry& g, std::uint64_t size) {
+  const std::uint64_t kv = regions_of(g).kv;
+  return kv <= size && g.pages <= (size - kv) / page_bytes(g);
+}
+
 }  // namespace omniserve::shm
