@@ -27,6 +27,7 @@ Executor::Executor(const SegmentView& segment, ThreadPool& threads)
       sinks_(segment.sinks(),
              segment.sinks() + std::size_t{segment.geometry().layers} * segment.geometry().heads),
       taken_(segment.geometry().slots, 0),
+      refused_(segment.geometry().max_sequences, false),
       attended_in_(segment.geometry().max_sequences, 0),
       moved_in_(segment.geometry().max_sequences, 0) {}
 
@@ -141,15 +142,15 @@ Executor::Turn Executor::turn(const Message& m) const {
   return written <= m.position + count ? Turn::kNow : Turn::kNever;
 }
 
-std::uint32_t Executor::append(const Message& m) {
+bool Executor::append(const Message& m) {
   const std::int32_t page = pool_.page_for(m.sequence, m.position);
-  if (page < 0) return shm::kNoPage;
+  if (page < 0) return false;
   std::byte* row = segment_.slab_row(m.slot);
   pages_.write({m.layer, static_cast<std::uint32_t>(page),
                 m.position % segment_.geometry().page_tokens, row + parts_.k * elem_bytes_,
                 row + parts_.v * elem_bytes_});
   pool_.set_length(m.sequence, m.layer, m.position + 1);
-  return shm::kOk;
+  return true;
 }
 
 bool Executor::add_tokens(const Message& m) {
@@ -190,14 +191,20 @@ void Executor::attend_group(const Message* begin, const Message* end) {
     const Turn when = turn(*m);
     // A second row of a sequence waits until the first is answered: were both appended and the
     // server killed, the first could not be replayed.
-    if (when == Turn::kLater || (when == Turn::kNow && attended_in_[m->sequence] == group_)) {
+    if (when == Turn::kLater) {
+      defer(*m);
+      continue;
+    }
+    if (when == Turn::kNow && attended_in_[m->sequence] == group_) {
       deferred_.push_back(*m);
       continue;
     }
-    const std::uint32_t status =
-        when == Turn::kNever ? std::uint32_t{shm::kBadPosition} : append(*m);
-    if (status != shm::kOk) {
-      answer(*m, status);
+    if (when == Turn::kNever) {
+      answer(*m, shm::kBadPosition);
+      continue;
+    }
+    if (!append(*m)) {
+      refuse_for_pages(*m);
       continue;
     }
     attended_in_[m->sequence] = group_;
@@ -228,13 +235,13 @@ void Executor::checkpoint_group(const Message* begin, const Message* end) {
       if (moved_in_[m->sequence] == m->layer + 1) finish_checkpoints();
       const Turn when = turn(*m);
       if (when != Turn::kNow) {
-        if (when == Turn::kLater) deferred_.push_back(*m);
+        if (when == Turn::kLater) defer(*m);
         else answer(*m, shm::kBadPosition);
         continue;
       }
     }
     if (!add_tokens(*m)) {
-      answer(*m, shm::kNoPage);
+      refuse_for_pages(*m);
       continue;
     }
     moved_in_[m->sequence] = m->layer + 1;
@@ -266,7 +273,7 @@ void Executor::restore_group(const Message* begin, const Message* end) {
     if (const std::uint32_t status = validate(*m); status != shm::kOk) {
       answer(*m, status);
     } else if (pool_.length(m->sequence, m->layer) < m->position + m->count) {
-      deferred_.push_back(*m);
+      defer(*m);
     } else {
       add_tokens(*m);  // a length is covered by pages
       moving_.push_back(*m);
@@ -281,12 +288,25 @@ void Executor::restore_group(const Message* begin, const Message* end) {
 void Executor::free_sequence(const Message& m) {
   if (const std::uint32_t status = validate(m); status != shm::kOk) return answer(m, status);
   pool_.free_sequence(m.sequence);
+  refused_[m.sequence] = false;
   // What waited for this sequence to grow would wait for ever.
   const auto mine = std::stable_partition(deferred_.begin(), deferred_.end(),
                                           [&](const Message& d) { return d.sequence != m.sequence; });
   for (auto d = mine; d != deferred_.end(); ++d) answer(*d, shm::kFreed);
   deferred_.erase(mine, deferred_.end());
   answer(m, shm::kOk);
+}
+
+void Executor::defer(const Message& m) {
+  if (refused_[m.sequence]) answer(m, shm::kNoPage);
+  else deferred_.push_back(m);
+}
+
+// What comes behind this token would wait for ever, and the worker sends FREE only when it has all
+// answers. Messages that wait already get theirs in the next round.
+void Executor::refuse_for_pages(const Message& m) {
+  refused_[m.sequence] = true;
+  answer(m, shm::kNoPage);
 }
 
 void Executor::answer(const Message& m, std::uint32_t status) {

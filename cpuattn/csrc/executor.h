@@ -72,8 +72,11 @@ class Executor {
   AttendOptions options_of(std::uint32_t layer) const;
   // Adds the tokens of a CHECKPOINT or RESTORE to tokens_, with pages; false if there are none left.
   bool add_tokens(const Message& m);
-  // Writes k, v of the slot at the message's place; kOk or kNoPage.
-  std::uint32_t append(const Message& m);
+  // Writes k, v of the slot at the message's place; false if there is no page left.
+  bool append(const Message& m);
+  // Keeps a message until the tokens before it are there.
+  void defer(const Message& m);
+  void refuse_for_pages(const Message& m);
   void answer(const Message& m, std::uint32_t status);
 
   SegmentView segment_;
@@ -88,6 +91,7 @@ class Executor {
   std::vector<float> sinks_;                      // [layers][heads]
   std::vector<std::uint64_t> taken_;  // per slot, a mark of its message that is here; 0 = none
   std::vector<Message> deferred_;
+  std::vector<bool> refused_;  // per sequence, until FREE: some token of it found no page
   std::vector<std::uint64_t>* answers_ = nullptr;
   const std::function<void()>* publish_ = nullptr;
   std::vector<std::uint64_t> attended_in_;  // per sequence, the group that last attended it

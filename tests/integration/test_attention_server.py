@@ -160,6 +160,24 @@ def test_a_row_without_a_free_page_is_refused_and_others_go_on(worker: Worker) -
     worker.decode(2, 0)
 
 
+def test_what_comes_behind_a_token_without_a_page_is_answered_too(worker: Worker) -> None:
+    worker.prefill(0, 192)
+    worker.prefill(1, 192)
+    early = worker.send(KIND_CHECKPOINT, [(0, 2, 1), (0, 2, 2)]) + worker.send(
+        KIND_RESTORE, [(0, 2, 0)]
+    )
+    assert worker.run(KIND_CHECKPOINT, [(0, 2, 0)]) == [STATUS_NO_PAGE]
+    assert worker.wait(early) == [STATUS_NO_PAGE] * 3
+    for kind in (KIND_ATTEND, KIND_CHECKPOINT, KIND_RESTORE):
+        assert worker.run(kind, [(0, 2, 3)]) == [STATUS_NO_PAGE]
+    worker.free_sequence(2)
+    worker.free_sequence(1)
+    # The sequence waits for what is missing again.
+    early = worker.send(KIND_CHECKPOINT, [(0, 2, 1)])
+    assert worker.run(KIND_CHECKPOINT, [(0, 2, 0)]) == [STATUS_OK]
+    assert worker.wait(early) == [STATUS_OK]
+
+
 def test_a_slot_takes_one_message_at_a_time(worker: Worker) -> None:
     slot = worker.send(KIND_ATTEND, [(0, 0, 5)])[0]  # waits
     row = np.zeros(1, np.int32)
