@@ -170,10 +170,11 @@ INLINE void keep_best(Vec x, std::uint32_t panel, float* sums, std::uint32_t* pa
   std::memcpy(panels, &now, sizeof now);
 }
 
-// Sums of outputs behind the last one become -inf.
+// Sums of outputs behind the last one become no numbers: these are never the best, and -inf is
+// where no other sum is a number.
 INLINE Vec existing(Vec x, std::int32_t outputs) {
   const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return lane < outputs ? x : broadcast(kNegInf);
+  return lane < outputs ? x : broadcast(__builtin_nanf(""));
 }
 
 template <typename F>

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,6 +164,21 @@ def test_of_equal_logits_the_first_is_best_whoever_multiplies(kernel: str) -> No
             twin.model.finish([part], best)
             assert best.max() < different
             twin.run(LAYERS, rows, *places(9, shape))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 37, 50, 50257])
+@pytest.mark.parametrize("kernel", kernel_names())
+def test_a_row_without_a_number_among_its_logits_gets_token_0(kernel: str, vocabulary: int) -> None:
+    use_kernel(kernel)
+    for dtype, threads in itertools.product(("float32", "bfloat16"), (1, 3)):
+        twin = Twin(replace(SMALL, vocabulary=vocabulary), dtype, extras=False, threads=threads)
+        rows = twin.rows(9)
+        rows.residual[::2] = torch.nan
+        best = np.full(9, -1, np.int64)
+        part = (StageRows(rows.residual, [Slots(rows.attention, rows.qkv)]), *[None] * 5)
+        twin.model.finish([part], best)
+        assert not best[::2].any()
+        twin.run(LAYERS, rows, *places(9, twin.shape))  # the other rows
 
 
 def test_the_padding_of_a_batch_does_not_leak_into_the_next() -> None:
