@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,32 @@ def test_an_arena_over_the_container_s_memory_limit_is_refused(
     assert "under the container's memory limit; see --arena-bytes" in refused.value.message
     assert not (tmp_path / "a0.arena").exists()
     Arena(tmp_path / "a0.arena", 43 * MIB).remove()
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["removed", "replaced"])
+def test_a_file_that_its_last_server_removed_before_it_was_locked_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: bool
+) -> None:
+    path = tmp_path / "a0.arena"
+    path.touch()
+    lock = fcntl.flock
+    opened: list[int] = []
+
+    def flock(fd: int, operation: int) -> None:
+        if not opened:
+            path.unlink()
+            if again:
+                path.touch()
+        opened.append(fd)
+        lock(fd, operation)
+
+    monkeypatch.setattr(arena.fcntl, "flock", flock)
+    ours = Arena(path, MIB)
+    assert len(opened) == 2
+    assert path.stat().st_size == MIB
+    with pytest.raises(SharedMemoryError, match="another running server"):
+        Arena(path, MIB)
+    ours.remove()
 
 
 def test_without_a_limit_the_container_bounds_nothing(

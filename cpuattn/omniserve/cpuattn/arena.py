@@ -57,11 +57,13 @@ class Arena:
         except OSError as error:
             os.close(fd)
             raise SharedMemoryError(f"{self.path} belongs to another running server") from error
-        if os.fstat(fd).st_size in (0, self.size_bytes):
-            return fd
-        # One of another size is of no use. It is replaced rather than cut: a worker may have it
-        # mapped, and would get a SIGBUS.
-        self._unlink()
+        # The server that had it may have removed it since it was opened.
+        if self._is_at_path(fd):
+            if os.fstat(fd).st_size in (0, self.size_bytes):
+                return fd
+            # One of another size is of no use. It is replaced rather than cut: a worker may have
+            # it mapped, and would get a SIGBUS.
+            self._unlink()
         os.close(fd)
         return self._open_locked()
 
@@ -70,6 +72,12 @@ class Arena:
             return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise SharedMemoryError(f"cannot open {self.path}: {error.strerror}") from error
+
+    def _is_at_path(self, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(fd), os.stat(self.path))
+        except FileNotFoundError:
+            return False
 
     def _allocate(self) -> None:
         # What an adopted file has already is not needed a second time.
