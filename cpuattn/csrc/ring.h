@@ -82,13 +82,13 @@ class RingProducer : public RingMemory {
     published_ = staged_;
     return true;
   }
-  // Whether `entry` waits to be consumed. The consumer may take it meanwhile.
-  bool holds(std::uint64_t entry) const {
+  // Calls visit(entry) for each entry that waits to be consumed, the oldest first. The consumer may
+  // take them meanwhile.
+  template <typename Visit>
+  void for_each(Visit visit) const {
     std::uint64_t i = header_->head.load(std::memory_order_acquire);
-    if (published_ - i > capacity_) return false;
-    for (; i != published_; ++i)
-      if (load(i) == entry) return true;
-    return false;
+    if (published_ - i > capacity_) return;
+    for (; i != published_; ++i) visit(load(i));
   }
 
  private:

@@ -74,13 +74,17 @@ void ServerLoop::recover() {
   }
   requests_.discard();  // what is in them is found again in the slots
   low_.discard();
+  std::vector<std::uint64_t> waiting(segment_.geometry().slots, 0);  // a slot's last answer
+  responses_.for_each([&](std::uint64_t entry) {
+    if (answer_slot(entry) < waiting.size()) waiting[answer_slot(entry)] = entry;
+  });
   for (std::uint32_t s = 0; s < segment_.geometry().slots; ++s) {
     const auto& slot = segment_.slot(s);
     const std::uint32_t done = slot.done_generation.load(std::memory_order_relaxed);
     const std::uint64_t entry = answer_entry(s, done, slot.status);
     // The answer may never have been published. If it was, the worker drops this one.
     if (done != 0 && done == slot.request_generation.load(std::memory_order_acquire) &&
-        !responses_.holds(entry))
+        waiting[s] != entry)
       answers_.push_back(entry);
   }
   batch_ = executor_->unanswered();
