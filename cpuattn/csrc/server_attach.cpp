@@ -30,8 +30,12 @@ Mapping map_bell(const std::string& path) {
   return bell;
 }
 
+bool printable(const std::string& text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return c >= ' ' && c <= '~'; });
+}
+
 std::string why_not_adoptable(const shm::Header& h, const shm::Geometry& geometry,
-                              std::size_t size) {
+                              const std::string& worker_id, std::size_t size) {
   if (h.ready.load(std::memory_order_acquire) != 1) return "no segment in it";
   if (h.magic != shm::kMagic || h.layout_version != shm::kLayoutVersion)
     return "another layout version";
@@ -46,6 +50,8 @@ std::string why_not_adoptable(const shm::Header& h, const shm::Geometry& geometr
       h.ring_capacity != shm::ring_capacity(geometry.slots) ||
       h.max_pages_per_sequence != shm::max_pages_per_sequence(geometry))
     return "its offsets do not fit its geometry";
+  if (worker_id.empty() || worker_id.size() == sizeof h.worker_id || !printable(worker_id))
+    return "its worker's name is damaged";
   return "";
 }
 
@@ -54,11 +60,14 @@ std::string why_not_adoptable(const shm::Header& h, const shm::Geometry& geometr
 void ServerLoop::recover() {
   shm::Header& h = header();
   const shm::Geometry geometry = h.geometry;
-  not_adopted_ = why_not_adoptable(h, geometry, mapping_.size());
+  const Owner owner{read_text(h.worker_id), h.epoch, h.segment_id};
+  not_adopted_ = why_not_adoptable(h, geometry, owner.worker_id, mapping_.size());
   if (not_adopted_.empty()) {
     try {
       open(geometry);
-    } catch (const std::runtime_error& error) {  // the page tables contradict one another
+    } catch (const std::exception& error) {  // its page tables contradict one another, or no memory
+      executor_.reset();
+      attached_.store(false, std::memory_order_release);
       not_adopted_ = error.what();
     }
   }
@@ -66,10 +75,10 @@ void ServerLoop::recover() {
     h.ready.store(0, std::memory_order_release);
     return;
   }
-  owner_ = {read_text(h.worker_id), h.epoch, h.segment_id};
+  owner_ = owner;
   try {
     bell_ = map_bell(read_text(h.bell_path));
-  } catch (const std::runtime_error& error) {  // the worker is gone; it attaches when it is back
+  } catch (const std::exception& error) {  // the worker is gone; it attaches when it is back
     std::fprintf(stderr, "cpuattn: adopted a segment without its bell: %s\n", error.what());
   }
   requests_.discard();  // what is in them is found again in the slots

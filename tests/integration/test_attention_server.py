@@ -229,6 +229,10 @@ def test_attach_refuses_what_it_cannot_serve_by_name(server: ServerProcess) -> N
     assert isinstance(other, GeometryError)
     assert other.field == "geometry.slots"
     assert isinstance(refusal(worker_id="w1"), GeometryError)
+    for name in ("w\n", "wörker"):
+        unprintable = refusal(worker_id=name)
+        assert isinstance(unprintable, InvalidArgumentError)
+        assert unprintable.field == "worker_id"
 
 
 def test_health_says_serving_and_sigterm_leaves_nothing_behind(

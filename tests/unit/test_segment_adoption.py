@@ -1,10 +1,11 @@
-"""What a server and a worker make of a segment whose header somebody damaged."""
+"""What a server makes of the segment that it finds at start, and a worker of its server's."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from support.attention_process import GEOMETRY, PAGES
 
 from omniserve.attnkernel import WorkerLink, _core
 from omniserve.attnkernel._core import ServerLoop
@@ -24,6 +25,32 @@ VAST = _core.Geometry(
     slots=1,
     pages=1 << 30,
 )
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> Path:
+    """A formatted segment, whose server is gone."""
+    path = tmp_path / "a0.arena"
+    path.write_bytes(bytes(layout.arena_bytes(GEOMETRY, PAGES)))
+    bell = str(tmp_path / "w0.bell")
+    _core.Bell(bell, create=True)
+    loop = ServerLoop(str(path))
+    loop.format("w0", 1, 7, _core.Geometry(**vars(GEOMETRY), pages=PAGES), bell)
+    loop.stop()
+    return path
+
+
+@pytest.mark.parametrize("name", [b"", b"w\xff", b"w\n", b"\xc3\xb6", b"w" * 64], ids=str)
+def test_a_segment_whose_worker_s_name_is_damaged_is_not_adopted(arena: Path, name: bytes) -> None:
+    adopted = ServerLoop(str(arena))
+    assert (adopted.not_adopted, adopted.worker_id, adopted.segment_id) == ("", "w0", 7)
+    adopted.stop()
+    with arena.open("r+b") as file:
+        file.seek(layout.CHeader.worker_id.offset)
+        file.write(name.ljust(64, b"\0"))
+    loop = ServerLoop(str(arena))
+    assert loop.not_adopted == "its worker's name is damaged"
+    assert (loop.worker_id, loop.attached) == ("", False)
 
 
 def test_a_segment_whose_size_wraps_around_does_not_fit_any_file(tmp_path: Path) -> None:

@@ -90,6 +90,8 @@ class AttentionService(attention_pb2_grpc.AttentionServiceServicer):
         pages = self._pages_for(geometry)
         _check_layers(request, geometry)
         _check_text("worker_id", request.worker_id, _WORKER_ID_BYTES)
+        if not (request.worker_id.isascii() and request.worker_id.isprintable()):
+            raise InvalidArgumentError("worker_id must be printable ASCII", field="worker_id")
         _check_text("bell_path", request.bell_path, _BELL_PATH_BYTES)
         if not Path(request.bell_path).is_file():
             raise InvalidArgumentError(f"bell_path: no file {request.bell_path}", field="bell_path")
