@@ -7,6 +7,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <ctime>
@@ -35,7 +36,10 @@ long futex(std::atomic<std::uint32_t>* word, int op, std::uint32_t value, timesp
 
 }  // namespace
 
-Mapping::Mapping(const std::string& path) {
+Mapping::Mapping(const std::string& path) : Mapping(bare(path)) { populate(); }
+
+Mapping Mapping::bare(const std::string& path) {
+  Mapping mapping;
   const int fd = ::open(path.c_str(), O_RDWR | O_CLOEXEC);
   if (fd < 0) fail("cannot open", path, errno);
   struct stat st {};
@@ -44,12 +48,18 @@ Mapping::Mapping(const std::string& path) {
     ::close(fd);
     fail("cannot size", path, st.st_size == 0 ? EINVAL : cause);
   }
-  size_ = static_cast<std::size_t>(st.st_size);
-  void* data = ::mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  mapping.size_ = static_cast<std::size_t>(st.st_size);
+  void* data = ::mmap(nullptr, mapping.size_, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   const int cause = errno;
   ::close(fd);
   if (data == MAP_FAILED) fail("cannot map", path, cause);
-  data_ = static_cast<std::byte*>(data);
+  mapping.data_ = static_cast<std::byte*>(data);
+  return mapping;
+}
+
+void Mapping::keep(std::size_t size) {
+  if (size < size_) ::munmap(data_ + size, size_ - size);
+  size_ = std::min(size, size_);
   populate();
 }
 

@@ -15,12 +15,16 @@ class Mapping {
  public:
   Mapping() = default;
   explicit Mapping(const std::string& path);
+  // Without its memory: for one who reads its beginning, and then keeps what is wanted.
+  static Mapping bare(const std::string& path);
   ~Mapping();
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;
 
   std::byte* data() const { return data_; }
   std::size_t size() const { return size_; }
+  // Unmaps all behind the first `size` bytes, a multiple of kPageAlign, and populates those.
+  void keep(std::size_t size);
 
  private:
   void populate();

@@ -4,7 +4,7 @@
 
 namespace omniserve {
 
-WorkerLink::WorkerLink(const std::string& path) : mapping_(path) {
+WorkerLink::WorkerLink(const std::string& path) : mapping_(Mapping::bare(path)) {
   const auto refuse = [&](const char* why) { throw std::runtime_error(path + ": " + why); };
   if (mapping_.size() < sizeof(shm::Header)) refuse("shorter than a segment's header");
   const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping_.data());
@@ -16,6 +16,7 @@ WorkerLink::WorkerLink(const std::string& path) : mapping_(path) {
   segment_ = SegmentView(mapping_.data(), geometry);
   const shm::Regions& regions = segment_.regions();
   if (!shm::fits(geometry, mapping_.size())) refuse("the segment is truncated");
+  mapping_.keep(regions.kv);  // KV is the server's: much memory, of which the worker reads none
   epoch_ = header.epoch;
   segment_id_ = header.segment_id;
   const std::uint32_t capacity = shm::ring_capacity(geometry.slots);

@@ -53,6 +53,22 @@ def test_a_segment_whose_worker_s_name_is_damaged_is_not_adopted(arena: Path, na
     assert (loop.worker_id, loop.attached) == ("", False)
 
 
+def test_a_worker_maps_all_of_a_segment_but_its_kv(arena: Path) -> None:
+    kv = layout.regions(GEOMETRY, PAGES)["kv"]
+    link = WorkerLink(str(arena))
+    places = [
+        line.split()[0].split("-")
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(arena))
+    ]
+    assert [int(end, 16) - int(start, 16) for start, end in places] == [kv]
+    link.slab[:] = 1  # up to its last byte
+    with arena.open("r+b") as file:
+        file.truncate(layout.arena_bytes(GEOMETRY, PAGES) - 1)
+    with pytest.raises(RuntimeError, match="the segment is truncated"):
+        WorkerLink(str(arena))
+
+
 def test_a_segment_whose_size_wraps_around_does_not_fit_any_file(tmp_path: Path) -> None:
     arena = tmp_path / "a0.arena"
     regions = _core.region_offsets(VAST)

@@ -53,7 +53,9 @@ class TransferProbe {
       format.format("bench", 1, 1, geometry, bell_path_, {});
     }
     link_ = std::make_unique<WorkerLink>(path_);
-    const SegmentView& segment = link_->segment();
+    mapping_ = Mapping(path_);  // the server's: a link has no KV
+    segment_ = SegmentView(mapping_.data(), geometry);
+    const SegmentView& segment = segment_;
     executor_ = std::make_unique<Executor>(segment, pool_);
     const std::uint32_t capacity = shm::ring_capacity(geometry.slots);
     requests_ = RingConsumer(segment.at_offset(segment.regions().request_ring), capacity);
@@ -94,7 +96,7 @@ class TransferProbe {
   // Seconds to copy as many rows from slots (`in`) to the arena, or back.
   double copy(bool in) {
     next_slots();
-    const SegmentView& segment = link_->segment();
+    const SegmentView& segment = segment_;
     const shm::Geometry& g = segment.geometry();
     sequence_ = (sequence_ + 1) % static_cast<std::int32_t>(g.max_sequences);
     std::byte* arena = segment.kv() + static_cast<std::size_t>(sequence_) * bytes();
@@ -167,6 +169,8 @@ class TransferProbe {
   std::size_t token_bytes_, low_batch_;
   ThreadPool pool_;
   std::unique_ptr<WorkerLink> link_;
+  Mapping mapping_;
+  SegmentView segment_;
   std::unique_ptr<Executor> executor_;
   RingConsumer requests_, low_;
   RingProducer responses_;
