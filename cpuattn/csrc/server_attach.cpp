@@ -55,6 +55,22 @@ std::string why_not_adoptable(const shm::Header& h, const shm::Geometry& geometr
   return "";
 }
 
+// Moves those out of `messages`, sorted by sequence, whose sequence has no other message there.
+// They run first: the worker counts on their pages as soon as it has sent them, and messages of
+// other sequences may need these. Any other FREE comes behind what is asked of its sequence.
+std::vector<Message> take_lone_frees(std::vector<Message>& messages) {
+  std::vector<Message> frees, others;
+  for (std::size_t i = 0; i < messages.size(); ++i) {
+    const auto same = [&](std::size_t other) {
+      return other < messages.size() && messages[other].sequence == messages[i].sequence;
+    };
+    const bool lone = messages[i].kind == shm::kFree && !same(i - 1) && !same(i + 1);
+    (lone ? frees : others).push_back(messages[i]);
+  }
+  messages = std::move(others);
+  return frees;
+}
+
 }  // namespace
 
 void ServerLoop::recover() {
@@ -96,7 +112,10 @@ void ServerLoop::recover() {
         waiting[s] != entry)
       answers_.push_back(entry);
   }
-  batch_ = executor_->unanswered();
+  std::vector<Message> found = executor_->unanswered();
+  batch_ = take_lone_frees(found);
+  execute();
+  batch_ = std::move(found);
   execute();
 }
 

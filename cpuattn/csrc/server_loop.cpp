@@ -94,16 +94,24 @@ bool ServerLoop::step() {
   if (!held_.empty()) release_held();
   // At most what a ring holds: a worker that publishes without end must not keep the loop here.
   const std::size_t all = shm::ring_capacity(segment_.geometry().slots);
-  if (!take(requests_, all) && !take(low_, low_batch_)) return false;
+  if (!take(requests_, all, batch_)) {
+    if (take(low_, low_batch_, low_messages_)) {
+      // All that was sent before these is there by now: a FREE, it may be, whose pages they need.
+      if (take(requests_, all, batch_)) execute();
+      std::swap(batch_, low_messages_);
+    } else {
+      return false;
+    }
+  }
   execute();
   checked_ = false;
   return true;
 }
 
-// Moves up to `limit` messages from `ring` into batch_; false when it was empty.
-bool ServerLoop::take(RingConsumer& ring, std::size_t limit) {
+// Moves up to `limit` messages from `ring` into `batch`; false when it was empty.
+bool ServerLoop::take(RingConsumer& ring, std::size_t limit, std::vector<Message>& batch) {
   entries_.clear();
-  batch_.clear();
+  batch.clear();
   for (std::uint64_t entry = 0; entries_.size() < limit && ring.pop(entry);) {
     executor_->prefetch(entry);  // its line is in the worker's core; all of them come at once
     entries_.push_back(entry);
@@ -111,7 +119,7 @@ bool ServerLoop::take(RingConsumer& ring, std::size_t limit) {
   if (entries_.empty()) return false;
   ring.release();
   for (const std::uint64_t entry : entries_)
-    if (auto message = executor_->resolve(entry)) batch_.push_back(*message);
+    if (auto message = executor_->resolve(entry)) batch.push_back(*message);
   return true;
 }
 

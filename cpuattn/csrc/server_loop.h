@@ -101,7 +101,7 @@ class ServerLoop {
   void run();
   bool spin();
   bool step();
-  bool take(RingConsumer& ring, std::size_t limit);
+  bool take(RingConsumer& ring, std::size_t limit, std::vector<Message>& batch);
   bool drained();
   void execute();
   void respond();
@@ -130,6 +130,7 @@ class ServerLoop {
   std::size_t low_batch_ = 0;
   std::vector<std::uint64_t> entries_;
   std::vector<Message> batch_;
+  std::vector<Message> low_messages_;
   std::vector<std::uint64_t> answers_;
   const std::function<void()> respond_;
   std::priority_queue<Held, std::vector<Held>, std::greater<Held>> held_;

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.attention_process import GEOMETRY, PAGES, ServerProcess, Worker
 
-from omniserve.attnkernel import KIND_ATTEND, KIND_CHECKPOINT, STATUS_OK, WorkerLink
+from omniserve.attnkernel import KIND_ATTEND, KIND_CHECKPOINT, KIND_FREE, STATUS_OK, WorkerLink
 
 pytest_plugins = ["support.attention_fixtures"]
 
@@ -49,6 +49,18 @@ def test_requests_sent_while_the_server_is_down_wait_for_it(
     assert worker.link.outstanding == 20
     server.start()
     assert set(worker.wait(slots)) == {STATUS_OK}
+
+
+def test_a_sequence_gets_the_pages_of_one_that_was_freed_while_the_server_was_down(
+    server: ServerProcess, worker: Worker
+) -> None:
+    worker.prefill(0, 192)
+    worker.prefill(1, 192)
+    server.kill()
+    freed = worker.send(KIND_FREE, [(0, 1, 0)])
+    slots = worker.send(KIND_CHECKPOINT, [(la, 2, p) for la in (0, 1) for p in range(20)])
+    server.start()
+    assert set(worker.wait(freed + slots)) == {STATUS_OK}
 
 
 def test_a_stopped_server_blocks_nobody_and_answers_when_it_goes_on(
