@@ -117,6 +117,8 @@ void ServerLoop::recover() {
   execute();
   batch_ = std::move(found);
   execute();
+  // The server may have been killed between an answer's publication and the bell.
+  if (bell_.data() != nullptr) ring_bell(*reinterpret_cast<shm::Doorbell*>(bell_.data()));
 }
 
 std::size_t ServerLoop::low_batch(const shm::Geometry& g) {

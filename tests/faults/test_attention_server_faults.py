@@ -63,6 +63,19 @@ def test_a_sequence_gets_the_pages_of_one_that_was_freed_while_the_server_was_do
     assert set(worker.wait(freed + slots)) == {STATUS_OK}
 
 
+def test_a_restarted_server_rings_for_answers_that_the_dead_one_may_not_have_rung_for(
+    server: ServerProcess, worker: Worker
+) -> None:
+    unrung = worker.bell.value()
+    slots = worker.send(KIND_ATTEND, [(0, 0, 0)])
+    assert worker.bell.wait(unrung, 10_000_000)
+    server.kill()
+    seen = worker.bell.value()
+    server.start()
+    assert worker.bell.value() != seen
+    assert worker.wait(slots) == [STATUS_OK]
+
+
 def test_a_stopped_server_blocks_nobody_and_answers_when_it_goes_on(
     server: ServerProcess, worker: Worker
 ) -> None:
