@@ -61,7 +61,7 @@ void ServerLoop::run() {
   shm::Doorbell& doorbell = header().doorbell;
   while (!stopping_.load()) {
     progress_.fetch_add(1, std::memory_order_relaxed);
-    while (visitor_.load() && !stopping_.load()) std::this_thread::yield();
+    while (visitors_.load() > 0 && !stopping_.load()) std::this_thread::yield();
     if (spin()) continue;
     const std::uint32_t seen = doorbell.value.load(std::memory_order_acquire);
     if (step()) continue;
@@ -79,7 +79,7 @@ bool ServerLoop::spin() {
       if (step()) return true;
       relax_core();
     }
-    if (visitor_.load(std::memory_order_relaxed) || stopping_.load(std::memory_order_relaxed))
+    if (visitors_.load(std::memory_order_relaxed) > 0 || stopping_.load(std::memory_order_relaxed))
       return true;
     const std::int64_t now = now_us();
     if (until == 0) until = now + options_.spin_us;

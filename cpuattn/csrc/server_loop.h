@@ -87,10 +87,10 @@ class ServerLoop {
   class Visit {
    public:
     explicit Visit(ServerLoop& loop) : loop_(loop) {
-      loop_.visitor_.store(true);
+      loop_.visitors_.fetch_add(1);
       lock_ = std::unique_lock(loop_.mutex_);
     }
-    ~Visit() { loop_.visitor_.store(false); }
+    ~Visit() { loop_.visitors_.fetch_sub(1); }
 
    private:
     ServerLoop& loop_;
@@ -140,7 +140,7 @@ class ServerLoop {
   bool damaged_ = false;  // a failed check was reported
 
   std::atomic<bool> attached_{false};
-  std::atomic<bool> visitor_{false};  // asks the loop to let go of mutex_
+  std::atomic<int> visitors_{0};  // ask the loop to let go of mutex_
   std::atomic<bool> stopping_{false};
   std::atomic<std::uint64_t> progress_{0};
   std::thread thread_;
