@@ -9,6 +9,10 @@
 namespace omniserve {
 namespace {
 
+// More than an honest worker's messages need, of which few wait at a time. Each round looks at all
+// that wait, and messages that each wait for another need a round each.
+constexpr int kRoundsOfRun = 16;
+
 std::uint64_t mark(const Message& m) { return std::uint64_t{1} << 32 | m.generation; }
 
 }  // namespace
@@ -87,7 +91,12 @@ void Executor::run(std::vector<Message>& batch, std::vector<std::uint64_t>& answ
   execute(batch);
   // Each round appends at least one token somewhere, or nothing that waits can go on.
   std::vector<Message>& waiting = waiting_;
-  while (!deferred_.empty()) {
+  unfinished_ = false;
+  for (int round = 0; !deferred_.empty(); ++round) {
+    if (round == kRoundsOfRun) {
+      unfinished_ = true;
+      break;
+    }
     const std::size_t before = deferred_.size();
     waiting.clear();
     std::swap(waiting, deferred_);

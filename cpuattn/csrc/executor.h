@@ -47,11 +47,14 @@ class Executor {
   // Messages that were asked for and never answered, in an order that can be carried out.
   std::vector<Message> unanswered();
 
-  // Carries out `batch`, then what waited for it. Appends ring entries of answers to `answers`, and
-  // calls `publish` after each group of rows that are computed together: the worker can send their
-  // next stage while the rest is computed.
+  // Carries out `batch`, then what waited for it: all of that, unless unfinished(). Appends ring
+  // entries of answers to `answers`, and calls `publish` after each group of rows that are computed
+  // together: the worker can send their next stage while the rest is computed.
   void run(std::vector<Message>& batch, std::vector<std::uint64_t>& answers,
            const std::function<void()>& publish);
+
+  // Whether the last run left messages whose turn may have come; another run goes on with them.
+  bool unfinished() const { return unfinished_; }
 
   const ExecutorStats& stats() const { return stats_; }
   const PagePool& pages() const { return pool_; }
@@ -91,6 +94,7 @@ class Executor {
   std::vector<float> sinks_;                      // [layers][heads]
   std::vector<std::uint64_t> taken_;  // per slot, a mark of its message that is here; 0 = none
   std::vector<Message> deferred_;
+  bool unfinished_ = false;
   std::vector<bool> refused_;  // per sequence, until FREE: some token of it found no page
   std::vector<std::uint64_t>* answers_ = nullptr;
   const std::function<void()>* publish_ = nullptr;

@@ -99,7 +99,7 @@ bool ServerLoop::step() {
       // All that was sent before these is there by now: a FREE, it may be, whose pages they need.
       if (take(requests_, all, batch_)) execute();
       std::swap(batch_, low_messages_);
-    } else {
+    } else if (!executor_->unfinished()) {
       return false;
     }
   }
@@ -172,7 +172,8 @@ std::int64_t ServerLoop::sleep_us() {
 
 bool ServerLoop::drained() {
   Visit visit(*this);
-  return !executor_ || (requests_.empty() && low_.empty() && held_.empty());
+  return !executor_ ||
+         (requests_.empty() && low_.empty() && held_.empty() && !executor_->unfinished());
 }
 
 bool ServerLoop::drain(std::int64_t timeout_ms) {

@@ -100,6 +100,14 @@ def test_a_row_that_comes_early_waits_for_the_ones_before_it(worker: Worker) -> 
     worker.assert_attended(early[0])
 
 
+def test_a_row_sent_in_every_slot_is_answered_in_each(worker: Worker) -> None:
+    first = worker.send(KIND_ATTEND, [(0, 0, 0)])
+    again = worker.send(KIND_ATTEND, [(0, 0, 0)] * (GEOMETRY.slots - 1), fresh=False)
+    assert set(worker.wait(first + again)) == {STATUS_OK}
+    for slot in again:
+        worker.assert_attended(slot)
+
+
 def test_a_checkpointed_prompt_is_attended_and_restored_byte_for_byte(worker: Worker) -> None:
     worker.prefill(5, 30)
     worker.decode(5, 30)

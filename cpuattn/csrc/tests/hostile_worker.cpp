@@ -277,6 +277,33 @@ void attack_executor(const std::string& path, std::uint64_t seed, std::uint64_t 
         "the attack hardly reached the server");
 }
 
+// The same token in every slot: each one's turn comes when the one before it is answered. The loop
+// lets go of its segment now and then, and all are answered in the end.
+void attack_rounds(const std::string& path) {
+  shm::Geometry g = small_geometry();
+  g.slots = 4096;
+  create_file(path, shm::regions_of(g).end);
+  Mapping mapping(path);
+  const SegmentView segment(mapping.data(), g);
+  std::memset(segment.page_table(0), 0xFF,
+              4ULL * g.max_sequences * segment.max_pages_per_sequence());
+  ThreadPool threads(1);
+  Executor executor(segment, threads);
+  for (std::uint32_t slot = 0; slot < g.slots; ++slot) {
+    segment.slot(slot).kind = shm::kAttend;
+    segment.slot(slot).request_generation.store(1);
+  }
+  std::vector<Message> batch = executor.unanswered();
+  std::vector<std::uint64_t> answers;
+  do {
+    int groups = 0;
+    executor.run(batch, answers, [&] { ++groups; });
+    CHECK(groups < 100, "%d groups of rows in one run", groups);
+    batch.clear();
+  } while (executor.unfinished());
+  CHECK(answers.size() == g.slots, "%zu answers", answers.size());
+}
+
 // Asks for tokens of sequence 0 as an honest worker does, and checks each answer.
 void attend_through_link(const std::string& path, std::uint64_t seed) {
   WorkerLink link(path);
@@ -394,6 +421,7 @@ int main(int argc, char** argv) {
     loop.format("w0", 1, 1, g, bell, {});
   }
   attack_executor(arena, seed, messages / 2);
+  attack_rounds(std::string(argv[1]) + "/rounds.arena");
   attack_loop(arena, bell, seed, messages - messages / 2);
   attack_starts(arena, bell, seed, 300);
   for (std::uint64_t i = 0; i < kBeyond; ++i)
