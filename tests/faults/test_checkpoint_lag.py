@@ -8,6 +8,8 @@ from pathlib import Path
 from support.tiny_model import ARENA_BYTES, VOCABULARY, TinyModel
 from support.worker_stack import WorkerStack
 
+from omniserve.v1 import types_pb2
+
 PROMPT = [3 + 7 * i % (VOCABULARY - 3) for i in range(300)]
 
 
@@ -40,3 +42,19 @@ def test_ls_gets_the_memory_of_best_effort_whose_server_has_stopped(tmp_path: Pa
         stack.signal_servers(signal.SIGCONT)
         assert model.is_greedy(PROMPT, batch.finish())
         assert stack.telemetry().recomputed_tokens > 0
+
+
+def test_what_has_grown_too_long_to_start_over_ends_and_holds_up_nobody(tmp_path: Path) -> None:
+    model = TinyModel(tmp_path)
+    flags = model.flags() | {"device-kv-tokens": 1024}
+    with WorkerStack(servers=1, worker_flags=flags, arena_bytes=ARENA_BYTES) as stack:
+        long = stack.start(PROMPT, 1700, best_effort=True, ignore_eos=True)
+        long.read(1000)  # with its prompt it has more tokens than the device
+        server = stack.servers[0]
+        server.kill()
+        next(stack.folder.glob("*.arena")).unlink()
+        server.restart()
+        long.finish()
+        assert long.finish_reason == types_pb2.FINISH_REASON_CANCELLED
+        short = stack.start(PROMPT, 20, best_effort=True, ignore_eos=True).finish()
+        assert model.is_greedy(PROMPT, short)
