@@ -7,6 +7,7 @@ bfloat16 has the same errors: means up to 0.026, single logits up to 0.18.
 
 from __future__ import annotations
 
+import pytest
 import torch
 from support.local_stages import LocalStages
 from support.prompts import real_prompts
@@ -23,6 +24,7 @@ PROMPTS = (real_prompts()[0][:308], real_prompts()[1], real_prompts()[2], real_p
 """Of several chunks, and of less than one; the last `DECODED` tokens go one by one."""
 
 
+@pytest.mark.slow
 def test_logits_in_bfloat16_stay_within_the_stated_tolerance() -> None:
     reference = AutoModelForCausalLM.from_pretrained(
         str(MODEL_PATH.parent),

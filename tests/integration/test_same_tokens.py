@@ -125,6 +125,7 @@ def test_forced_demotions_and_promotions_change_no_token(reference: Reference) -
         )
 
 
+@pytest.mark.slow
 def test_late_and_reordered_answers_change_no_token(reference: Reference) -> None:
     host = {"be-placement": "host"}
     with WorkerStack(server_flags={"fault-delay-ms": 20}, worker_flags=host | CHUNKS) as stack:

@@ -152,25 +152,26 @@ def test_found_kv_is_sent_to_the_server_of_the_request_that_found_it(device: Dev
     device.check_integrity()
 
 
-def test_a_request_that_went_back_to_its_queue_waits_for_its_last_transfers(
+def test_a_request_that_went_back_to_its_queue_starts_anew_before_its_last_transfers_end(
     device: Device, server: ServerProcess
 ) -> None:
     request = device.request()
-    assert device.host.can_reserve(request)
     device.host.reserve(request)
     device.compute(request)
     server.signal(signal.SIGSTOP)
     device.checkpoint(request)
+    first = request.sequence
     assert request.transfers > 0
     device.blocks.release(request)
     device.host.release(request)
     request.place, request.computed = Place.WAITING, 0
-    assert not device.host.can_reserve(request), "its old sequence would be freed as the new one"
-    server.signal(signal.SIGCONT)
-    device.requests.remove(request)  # held by `host` itself until FREE is sent
-    device.until("its end", lambda: request.transfers == 0, lambda: None)
-    device.requests.append(request)
+    assert (request.server, request.transfers) == (-1, 0)
+    assert device.host.busy(), "the old sequence has its transfers still"
     assert device.host.can_reserve(request)
     device.host.reserve(request)
+    assert request.sequence != first
     device.compute(request)
+    device.check_integrity()
+    server.signal(signal.SIGCONT)
     device.mirror(request)
+    device.until("the old sequence's end", lambda: not device.host.busy(), lambda: None)
