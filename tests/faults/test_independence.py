@@ -168,15 +168,23 @@ def test_a_log_of_other_tokens_is_not_taken_for_the_request(
     stream.read(BEGUN)
     stream.call.cancel()
 
-    def from_the_start() -> list[int] | None:
+    def from_the_start() -> Stream | None:
+        again = stack.start(prompts[0], 2000, **options)
         try:
-            return stack.start(prompts[0], TOKENS, **options).finish()
+            again.read(TOKENS)
         except grpc.RpcError as error:
             if isinstance(from_rpc_error(error), NoWorkerError):
                 return None
             raise
+        return again
 
-    assert wait_for("the id", from_the_start) == expected[0]
+    again = wait_for("the id", from_the_start)
+    assert again.tokens[:TOKENS] == expected[0]
+    time.sleep(LEASE_S)  # that of the first log is over: it must not take this one with it
+    again.call.cancel()
+    rest = stack.start(prompts[0], 2000, resume_offset=len(again.tokens), **options)
+    rest.read(1)
+    assert stack.cancel(rest)
 
 
 def _only_away(telemetry: status_pb2.Telemetry) -> bool:

@@ -271,6 +271,8 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
 
     def _drop(self, log: RequestLog) -> None:
         """Forgets `log`, as soon as the engine has no request of its id any more."""
+        if log.expiry is not None:  # it may not end the next log of this id
+            log.expiry.cancel()
         if log.ended:
             del self._logs[log.request_id]
         elif not log.dropped:
