@@ -52,8 +52,6 @@ async def serve(settings: Settings) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(signum, stopping.set)
     server = grpc.aio.server(options=SERVER_OPTIONS, interceptors=access.interceptors(settings))
-    # Before the slow steps: a port in use shows at once.
-    bind(server, settings.listen, access.credentials(settings))
     redis = redis_access.connect(
         settings.redis_url,
         settings.redis_password_file,
@@ -105,6 +103,9 @@ async def serve(settings: Settings) -> None:
     add_reflection(server, SERVICES)
 
     await router.scan()  # so that the first request finds the workers
+    # After the slow steps: a bound port takes connections, and who has one that nobody answers
+    # takes the server for dead.
+    bind(server, settings.listen, access.credentials(settings))
     routing = asyncio.create_task(router.run())
     working = [
         asyncio.create_task(loop)
