@@ -1,0 +1,147 @@
+"""What the back end asks of the CUDA runtime: streams, events, graphs, memory of both sides.
+
+A port: tests run the back end on a twin that executes late, and in any order that streams and
+events allow. `TorchGpu` is the real one; no GPU has run it yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import torch
+
+Work = Callable[[], object]
+"""Enqueues operations on tensors of the device; runs when it is launched, not when it is done."""
+
+
+class Event(Protocol):
+    """A point of a stream."""
+
+    def done(self) -> bool:
+        """Whether the stream has come past it; never blocks."""
+        ...
+
+
+class Stream(Protocol):
+    """Work in its order. Two streams know of one another through events alone."""
+
+    def launch(self, work: Work) -> None: ...
+
+    def record(self) -> Event: ...
+
+    def wait(self, event: Event) -> None:
+        """What is launched from now on runs after `event`; the host does not wait."""
+        ...
+
+    def capture(self, work: Work) -> Work:
+        """Returns a graph of `work`, to be launched on this stream; does not run it.
+
+        `work` must have run before, and may only read and write tensors that stay.
+        """
+        ...
+
+
+class Gpu(Protocol):
+    """One device."""
+
+    device: torch.device
+
+    def stream(self, priority: int = 0) -> Stream:
+        """Lower numbers go first."""
+        ...
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the device."""
+        ...
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        """Memory of the host that the device copies from and to while the host goes on."""
+        ...
+
+    def map_host(self, memory: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+        """Returns memory of the host as a tensor that the device reads and writes in place.
+
+        memory: contiguous, of elements as large as those of `dtype`. It must outlive the tensor.
+        """
+        ...
+
+
+class TorchEvent:
+    """See Event."""
+
+    def __init__(self, event: torch.cuda.Event) -> None:
+        self.event = event
+
+    def done(self) -> bool:
+        return bool(self.event.query())
+
+
+class TorchStream:
+    """See Stream."""
+
+    def __init__(self, stream: torch.cuda.Stream, pool: Any) -> None:
+        self._stream = stream
+        self._pool = pool
+
+    def launch(self, work: Work) -> None:
+        with torch.cuda.stream(self._stream):
+            work()
+
+    def record(self) -> TorchEvent:
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return TorchEvent(event)
+
+    def wait(self, event: Event) -> None:
+        assert isinstance(event, TorchEvent), "an event of another device"
+        self._stream.wait_event(event.event)
+
+    def capture(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads and streams may use the device meanwhile. Graphs of one stream never run at
+        # the same time and keep nothing between two runs: they share their intermediate memory.
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
+            work()
+        return graph.replay
+
+
+class TorchGpu:
+    """See Gpu; one for each process and device."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+        torch.cuda.set_device(self.device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def stream(self, priority: int = 0) -> TorchStream:
+        return TorchStream(torch.cuda.Stream(self.device, priority=priority), self._pool)
+
+    def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, pin_memory=True)
+
+    def map_host(self, memory: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+        runtime = torch.cuda.cudart()
+        # With unified addresses the device calls registered memory as the host does.
+        error = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
+        torch.cuda.check_error(error)
+        return torch.as_tensor(_Mapped(memory), device=self.device).view(dtype)
+
+
+class _Mapped:
+    """Registered memory as CUDA libraries hand arrays to one another."""
+
+    def __init__(self, memory: npt.NDArray[Any]) -> None:
+        # There is no name for bfloat16: signed integers of its size instead.
+        self.__cuda_array_interface__ = {
+            "shape": memory.shape,
+            "typestr": f"<i{memory.itemsize}",
+            "data": (memory.ctypes.data, False),
+            "version": 3,
+        }
