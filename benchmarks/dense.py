@@ -34,6 +34,7 @@ from support.stack import MODEL_PATH
 from omniserve.attnkernel import kernel_name
 from omniserve.attnkernel._bench import GemmProbe, ReadProbe, bf16_flops
 from omniserve.gpuworker.cohort import Chunk, Cohort
+from omniserve.gpuworker.device.afterwards import Afterwards
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.model.gguf_file import GgufModel
 from omniserve.gpuworker.model.weights import load_weights
@@ -146,8 +147,8 @@ def decode_pass(threads: int, reader: ReadProbe, rounds: int) -> dict[str, float
     pages = -(-CONTEXT_TOKENS // PAGE_TOKENS)
     weights = load_weights(model, torch.bfloat16)
     device = CpuDevice(config, weights, pages, PAGE_TOKENS, threads)
-    lot = ParkingLot(1, config.layers + 1, config.hidden, torch.bfloat16, lambda: 0)
-    runner = StageRunner(device, lot, [])
+    lot = ParkingLot(1, config.layers + 1, lambda: 0)
+    runner = StageRunner(device, lot, [], Afterwards())
     request = Request("r", True, np.zeros(CONTEXT_TOKENS, np.int64), CONTEXT_TOKENS, 0)
     request.known = CONTEXT_TOKENS
     request.blocks = list(range(pages))

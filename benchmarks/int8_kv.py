@@ -25,7 +25,6 @@ import torch.nn.functional as F  # noqa: N812
 from support.prompts import real_prompts
 from support.stack import MODEL_PATH
 
-from omniserve.attnkernel import PagedKv
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.model.gguf_file import GgufModel
@@ -45,9 +44,7 @@ class Reader:
         config = model.config
         pages = -(-max(map(len, real_prompts())) // PAGE_TOKENS)
         weights = load_weights(model, getattr(torch, dtype))
-        self._device = CpuDevice(config, weights, pages, PAGE_TOKENS, threads)
-        shape = (config.layers, config.kv_heads, config.head_dim, PAGE_TOKENS, pages)
-        self._device.kv = PagedKv(*shape, dtype, threads, kv_dtype)
+        self._device = CpuDevice(config, weights, pages, PAGE_TOKENS, threads, kv_dtype=kv_dtype)
         self._pages = pages
 
     def logits(self, tokens: list[int]) -> torch.Tensor:
@@ -60,11 +57,15 @@ class Reader:
 
     def _run(self, cohort: Cohort) -> torch.Tensor:
         device = self._device
-        rows = device.enter(cohort)
+        cohort.sampled_rows = torch.arange(cohort.rows)
         for layer in range(device.config.layers):
-            device.run(layer, [rows.all])
-            device.attend(layer, cohort, rows)
-        return device.finish([rows.all], np.ones(cohort.rows, np.bool_))[1].clone()
+            device.run(layer, [cohort], None)
+            device.attend(layer, cohort)
+        return device.finish([cohort], None, np.ones(cohort.rows, np.bool_), _nothing)[1].clone()
+
+
+def _nothing() -> None:
+    """There is nothing to do meanwhile."""
 
 
 def main() -> int:

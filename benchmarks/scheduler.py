@@ -20,7 +20,6 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from omniserve.gpuworker.engine_state import EngineState, Limits
 from omniserve.gpuworker.latency_model import LatencyModel
@@ -58,7 +57,7 @@ def _options() -> argparse.Namespace:
 
 def _measure(policy_name: str, decisions: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
-    lot = ParkingLot(PARKED, LAYERS + 1, 8, torch.float32, time.monotonic_ns)
+    lot = ParkingLot(PARKED, LAYERS + 1, time.monotonic_ns)
     state, host = _state(lot, random)
     policy = POLICIES[policy_name](Options(PREFILL_TOKENS_MAX, "auto"))
     model = LatencyModel(_profile(), LAYERS)

@@ -18,6 +18,7 @@ from support.worker_stack import Stream, WorkerStack
 
 from omniserve.v1 import types_pb2
 
+CPU = "omniserve.gpuworker"
 RUNNING_MAX = 32
 FLAGS = {"prefill-chunk-tokens-max": 128, "device-kv-tokens": 2048}
 # Small enough that requests wait for one another's memory.
@@ -132,9 +133,13 @@ class Soak:
         self._restart_one(arena_lost=True)
 
 
-def soak(model: TinyModel, iterations: int, seed: int) -> None:
+def soak(model: TinyModel, iterations: int, seed: int, worker: str = CPU) -> None:
     moves = {"fault-moves-per-pass": 0.1, "fault-seed": seed}
-    stack = WorkerStack(worker_flags=model.flags() | FLAGS | moves, arena_bytes=TIGHT_ARENA_BYTES)
+    stack = WorkerStack(
+        worker_flags=model.flags() | FLAGS | moves,
+        arena_bytes=TIGHT_ARENA_BYTES,
+        worker_module=worker,
+    )
     with stack:
         run = Soak(stack, Random(seed))
         run.run(iterations)
@@ -171,6 +176,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 
 def test_five_hundred_iterations_of_everything_end_with_the_right_tokens(model: TinyModel) -> None:
     soak(model, 500, seed=1)
+
+
+def test_three_hundred_iterations_end_so_with_the_cuda_back_end(model: TinyModel) -> None:
+    """On a GPU that runs late: what the engine must not do before the device has done its part."""
+    soak(model, 300, seed=3, worker="support.simulated_worker")
 
 
 @pytest.mark.slow

@@ -11,6 +11,8 @@ from support.attention_process import GEOMETRY, PAGES, ServerProcess
 from support.stack import wait_for
 
 from omniserve.attnkernel import PagedKv, WorkerLink
+from omniserve.gpuworker.device.afterwards import Afterwards
+from omniserve.gpuworker.device.cpu import CpuTransfers
 from omniserve.gpuworker.host_kv import HostKv
 from omniserve.gpuworker.kv.block_states import BlockState
 from omniserve.gpuworker.kv.device_blocks import DeviceBlocks
@@ -32,7 +34,7 @@ class Device:
         self.blocks = DeviceBlocks(
             DEVICE_PAGES, g.page_tokens, g.dtype, prefix_cache=True, exact_host=True
         )
-        self.host = HostKv(self.kv, g.layers, g.page_tokens)
+        self.host = HostKv(CpuTransfers(self.kv), Afterwards(), g.layers, g.page_tokens)
         self.host.attach(0, WorkerLink(server.attach().segment_path), PAGES)
         self.requests: list[Request] = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,9 +11,9 @@ from support.local_stages import PAGE_TOKENS, LocalStages
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cuda.attention import Attention, TorchAttention
-from omniserve.gpuworker.device.cuda.batch import CudaPart
-from omniserve.gpuworker.device.cuda.device import CudaDevice
-from omniserve.gpuworker.device.cuda.gpu import Event, Gpu
+from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
+from omniserve.gpuworker.device.cuda.gpu import Gpu
+from omniserve.gpuworker.device.port import Event, ParkedRows
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.weights import WeightSource, load_weights
 from omniserve.gpuworker.requests import Request
@@ -22,6 +23,8 @@ PAGES = 64
 PARKED = 6
 SLOTS = 8
 COHORT_ROWS = 48
+SAMPLED_ROWS = 4
+"""Fewer than may come: then they go in parts."""
 PROMPT, TOKENS = 70, 90
 CHUNK = 37
 LS_PROMPT, LS_TOKENS = 20, 60
@@ -36,18 +39,10 @@ def start(
     dtype: torch.dtype = torch.float32,
     attention: Attention | None = None,
 ) -> CudaDevice:
-    return CudaDevice(
-        gpu,
-        model.config,
-        load_weights(model, dtype),
-        attention or TorchAttention(model.config),
-        pages=PAGES,
-        page_tokens=PAGE_TOKENS,
-        parked_rows=PARKED,
-        cohort_rows=COHORT_ROWS,
-        sampled_rows=PARKED + 1,
-        transfer_tokens=TOKENS * model.config.layers,
-    )
+    transfers = 2 * TOKENS * model.config.layers
+    sizes = Sizes(PAGES, PAGE_TOKENS, PARKED, COHORT_ROWS, SAMPLED_ROWS, transfers)
+    weights = load_weights(model, dtype)
+    return CudaDevice(gpu, model.config, weights, attention or TorchAttention(model.config), sizes)
 
 
 def tokens_of(seed: int) -> list[int]:
@@ -67,15 +62,14 @@ def request_of(tokens: list[int], prompt: int, first_page: int) -> Request:
 def run_pass(device: CudaDevice, chunk: Chunk) -> list[torch.Tensor]:
     """One cohort through all stages; returns its logits, [1, vocabulary], if a row samples."""
     cohort = Cohort([chunk], PAGE_TOKENS)
-    held = device.enter(cohort)
     for stage in range(device.config.layers):
         wait_for_room(device)
-        assert device.run(stage, [held.all], [held]) is None
-        device.attend(stage, held)
+        device.run(stage, [cohort], None)
+        device.attend(stage, cohort)
     if not cohort.sampled:
         return []
     wait_for_room(device)
-    best, logits = device.finish([held.sampled], np.array([True]))
+    best, logits = device.finish([cohort], None, np.array([True]), nothing)
     assert best.tolist() == logits.argmax(1).tolist()
     return [logits.clone()]
 
@@ -105,6 +99,17 @@ def wait_for_room(device: CudaDevice) -> None:
 def wait_for(event: Event) -> None:
     while not event.done():
         pass
+
+
+def nothing() -> None:
+    """There is nothing to do meanwhile."""
+
+
+class Link(NamedTuple):
+    """What the device knows of a `WorkerLink`."""
+
+    slab: np.ndarray
+    out_offset: int
 
 
 class Server:
@@ -154,7 +159,7 @@ class Ride:
         self._random = random = np.random.default_rng(seed)
         self._answering = answering
         self._servers = [Server(device.config), Server(device.config)]
-        device.map_slabs([(server.slab, server.out_offset) for server in self._servers])
+        device.serve([Link(s.slab, s.out_offset) for s in self._servers])  # type: ignore[misc]
         texts = random.integers(0, 512, (PARKED, BE_TOKENS)).tolist()
         self.parked = [Parked(row, text) for row, text in enumerate(texts)]
         self._request = request_of(random.integers(0, 512, LS_TOKENS).tolist(), LS_PROMPT, 3)
@@ -187,27 +192,25 @@ class Ride:
 
     def _pass(self, ls: Cohort | None) -> None:
         device = self._device
-        held = [device.enter(ls)] if ls else []
+        cohorts = [ls] if ls else []
         for stage in range(self._layers):
             boarded = self._board(stage)
-            parts = [rows.all for rows in held] + _part_of(boarded)
-            if not parts:
+            if not cohorts and not boarded:
                 continue
-            sent = device.run(stage, parts, held)
-            assert (sent is not None) == bool(boarded)
+            sent = device.run(stage, cohorts, _parked(boarded))
             for row in boarded:
                 row.sent, row.stage = sent, stage + 1
-            for rows in held:
-                device.attend(stage, rows)
+            for cohort in cohorts:
+                device.attend(stage, cohort)
         boarded = self._board(self._layers)
-        sampled = [held[0].sampled] if ls and ls.sampled else []
-        rows = len(sampled) + len(boarded)
-        if not rows:
+        sampled = len(ls.sampled) if ls else 0
+        wanted = np.ones(sampled + len(boarded), np.bool_)
+        if not len(wanted):
             return
-        best, logits = device.finish(sampled + _part_of(boarded), np.ones(rows, np.bool_))
+        best, logits = device.finish(cohorts, _parked(boarded), wanted, nothing)
         assert best.tolist() == logits.argmax(1).tolist()
-        self.ls_logits += [logits[:1].clone()] * len(sampled)
-        for row, found in zip(boarded, logits[len(sampled) :], strict=True):
+        self.ls_logits += [logits[:1].clone()] * sampled
+        for row, found in zip(boarded, logits[sampled:], strict=True):
             row.logits.append(found[None].clone())
             row.stage, row.position = 0, row.position + 1
 
@@ -230,15 +233,13 @@ def check(reference: LocalStages, tokens: list[int], found: list[torch.Tensor]) 
     assert float((torch.cat(found) - wanted).abs().max() / wanted.std()) < TOLERANCE
 
 
-def _part_of(rows: list[Parked]) -> list[CudaPart]:
+def _parked(rows: list[Parked]) -> ParkedRows | None:
     if not rows:
-        return []
-    return [
-        CudaPart(
-            np.array([row.row for row in rows]),
-            np.array([row.position for row in rows]),
-            np.array([row.tokens[row.position] for row in rows]),
-            np.array([row.slot for row in rows]),
-            np.array([row.server for row in rows], np.int32),
-        )
-    ]
+        return None
+    return ParkedRows(
+        np.array([row.row for row in rows]),
+        np.array([row.server for row in rows], np.int32),
+        np.array([row.slot for row in rows], np.int32),
+        np.array([row.position for row in rows]),
+        np.array([row.tokens[row.position] for row in rows]),
+    )

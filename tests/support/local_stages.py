@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
+from omniserve.gpuworker.device.afterwards import Afterwards
 from omniserve.gpuworker.device.cpu import CpuDevice
 from omniserve.gpuworker.model.weights import WeightSource, load_weights
 from omniserve.gpuworker.parking import ParkingLot
@@ -23,8 +24,8 @@ class LocalStages:
         self._stages = model.config.layers + 1
         pages = -(-tokens_max // PAGE_TOKENS)
         device = CpuDevice(model.config, load_weights(model, dtype), pages, PAGE_TOKENS, 1)
-        lot = ParkingLot(1, self._stages, model.config.hidden, dtype, lambda: 0)
-        self._runner = StageRunner(device, lot, [])
+        lot = ParkingLot(1, self._stages, lambda: 0)
+        self._runner = StageRunner(device, lot, [], Afterwards())
 
     def logits(self, tokens: list[int], decoded: int, chunk_tokens: int) -> torch.Tensor:
         """Returns the logits behind the last `decoded + 1` tokens, [decoded + 1, vocabulary].

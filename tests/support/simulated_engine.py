@@ -11,7 +11,6 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 from support.engine_states import LAYERS, MS, PAGE_TOKENS, PROFILE, STAGES
 
 from omniserve.gpuworker import be_stages, deadlines
@@ -62,7 +61,7 @@ class Simulation:
         self.state = EngineState(self.blocks, PAGE_TOKENS, STAGES, self.blocks, self.limits)
         self.model = LatencyModel(PROFILE, LAYERS)
         self.policy = POLICIES[self.policy_name](Options(128, "auto", self.headroom))
-        self.lot = ParkingLot(LOT_ROWS, STAGES, 1, torch.float32, lambda: self.now_ns)
+        self.lot = ParkingLot(LOT_ROWS, STAGES, lambda: self.now_ns)
         self.arriving: list[Request] = []
         """Not here yet, by arrival."""
         self.started: list[Request] = []

@@ -16,10 +16,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from omniserve.gpuworker.device.cuda.gpu import Event, Work
+from omniserve.gpuworker.device.cuda.gpu import Work
+from omniserve.gpuworker.device.port import Event
 
-_STEPS = 3
-_STALL = 0.05
+_STALL = 0.02
+_GIVES_WAY = 0.95
+"""How often a stream waits while one that goes first can go on."""
 
 
 class SimulatedEvent:
@@ -34,7 +36,8 @@ class SimulatedEvent:
 
 
 class SimulatedStream:
-    def __init__(self, gpu: SimulatedGpu) -> None:
+    def __init__(self, gpu: SimulatedGpu, priority: int) -> None:
+        self.priority = priority
         self._gpu = gpu
         self._queue: deque[tuple[str, Any]] = deque()
 
@@ -56,7 +59,7 @@ class SimulatedStream:
         if not self._queue:
             return False
         kind, what = self._queue[0]
-        return kind != "wait" or what.reached
+        return kind != "wait" or getattr(what, "reached", True)
 
     def go_on(self) -> None:
         kind, what = self._queue.popleft()
@@ -78,8 +81,8 @@ class SimulatedGpu:
         self._stalled: SimulatedStream | None = None
         self.captured = 0
 
-    def stream(self, priority: int = 0) -> SimulatedStream:  # noqa: ARG002
-        self._streams.append(SimulatedStream(self))
+    def stream(self, priority: int = 0) -> SimulatedStream:
+        self._streams.append(SimulatedStream(self, priority))
         return self._streams[-1]
 
     def zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,16 +95,21 @@ class SimulatedGpu:
     def map_host(self, memory: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(memory).view(dtype)
 
+    def unmap_host(self, memory: npt.NDArray[Any]) -> None:
+        """The memory of the host is the device's anyway."""
+
     def advance(self) -> None:
-        """Executes a few steps of any streams that can; one may fall far behind the others."""
-        for _ in range(self._random.randint(1, _STEPS)):
-            if self._random.random() < _STALL:
-                self._stalled = self._random.choice(self._streams)
-            able = [stream for stream in self._streams if stream.can_go_on()]
-            if not able:
-                return
-            others = [stream for stream in able if stream is not self._stalled]
-            self._random.choice(others or able).go_on()
+        """Executes one step of any stream that can go on; one of them falls far behind."""
+        if self._random.random() < _STALL:
+            self._stalled = self._random.choice(self._streams)
+        able = [stream for stream in self._streams if stream.can_go_on()]
+        if not able:
+            return
+        others = [stream for stream in able if stream is not self._stalled] or able
+        first = min(stream.priority for stream in others)
+        if self._random.random() < _GIVES_WAY:
+            others = [stream for stream in others if stream.priority == first]
+        self._random.choice(others).go_on()
 
     def finish(self) -> None:
         """Executes everything; fails if streams wait for one another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -52,8 +53,11 @@ class Service:
         self.restart()
 
     def restart(self) -> None:
+        # For workers that are the tests' own.
+        folders = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
         with self.log.open("a") as log:
-            self.process = subprocess.Popen(self._command, stderr=log)
+            self.process = subprocess.Popen(self._command, stderr=log, env=environment)
 
     @property
     def tail(self) -> str:
@@ -121,6 +125,7 @@ class WorkerStack:
         server_flags: Mapping[str, Any] = MappingProxyType({}),
         worker_flags: Mapping[str, Any] = MappingProxyType({}),
         arena_bytes: int = ARENA_BYTES,
+        worker_module: str = "omniserve.gpuworker",
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="omniserve-test-", dir="/dev/shm"))
         self.servers: list[Service] = []
@@ -139,7 +144,7 @@ class WorkerStack:
                 "be-stream-interval-s": 0.0,  # tests step in between two tokens
                 "attention-servers": addresses,
             }
-            self.worker = self._start("omniserve.gpuworker", flags | dict(worker_flags), "worker")
+            self.worker = self._start(worker_module, flags | dict(worker_flags), "worker")
             self.channel = grpc.insecure_channel(self.worker.address)
             self.stub = worker_pb2_grpc.WorkerServiceStub(self.channel)
             wait_for("a serving worker", self.is_serving, START_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,12 @@ from support.local_stages import PAGE_TOKENS, LocalStages
 from support.random_models import KINDS, Kind, make
 from support.simulated_gpu import SimulatedGpu
 
-from omniserve.gpuworker.model.weights import WeightSource, open_model
+from omniserve.errors import SettingsError
+from omniserve.gpuworker.cohort import Chunk
+from omniserve.gpuworker.device.opening import open_device
+from omniserve.gpuworker.device.port import KvPlaces
+from omniserve.gpuworker.model.weights import WeightSource, load_weights, open_model
+from omniserve.gpuworker.settings import WorkerSettings
 
 LLAMA = next(kind for kind in KINDS if kind.name == "llama")
 
@@ -32,6 +38,14 @@ def test_logits_are_those_of_the_cpu_back_end(kind: Kind, tmp_path: Path) -> Non
     # Both chunks fill the same graphs, and decode steps have theirs; only these sample twice.
     assert gpu.captured == 2 * model.config.layers + 1
     scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_host_without_a_gpu_says_so(tmp_path: Path) -> None:
+    model, settings = model_of(LLAMA, tmp_path), WorkerSettings(device="cuda")
+    with pytest.raises(SettingsError, match="no CUDA device") as refused:
+        open_device(settings, model.config, load_weights(model, torch.float32))
+    assert refused.value.field == "device"
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -56,32 +70,43 @@ def test_ls_goes_on_beside_servers_that_never_answer(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_kv_that_left_the_device_and_came_back_is_the_same(seed: int, tmp_path: Path) -> None:
-    """A checkpoint right behind the prompt's last pass; a restore into other pages."""
+    """A checkpoint while the stages of its tokens run; a restore into other pages."""
     model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed)
     config, tokens = model.config, scenarios.tokens_of(seed)
     device = scenarios.start(model, gpu)
     slot_elements = 2 * (config.q_size + config.kv_size)
     in_slot = slot_elements // (2 * config.kv_size)
     slab = np.zeros((2 * scenarios.TOKENS, slot_elements), np.float32)
-    device.map_slabs([(slab, slot_elements - config.q_size)])
+    link: Any = scenarios.Link(slab, slot_elements - config.q_size)
+    device.serve([link])
     request = scenarios.request_of(tokens, scenarios.PROMPT, first_page=3)
-    found = scenarios.prefill(device, request)
-    found += scenarios.decode(device, request, scenarios.PROMPT + 10)
-    layers, positions = np.divmod(np.arange(config.layers * request.known), request.known)
+    known = scenarios.CHUNK
+    assert scenarios.run_pass(device, Chunk(request, 0, known)) == []
+    layers, positions = np.divmod(np.arange(config.layers * known), known)
     order = np.random.default_rng(seed).permutation(len(layers))
     slots, indices = np.divmod(order, in_slot)
 
-    def places(blocks: list[int]) -> np.ndarray:
+    def parts(blocks: list[int]) -> list[KvPlaces]:
+        """In two parts, as of two requests."""
         pages = np.array(blocks)[positions // PAGE_TOKENS]
-        return np.stack([layers, pages, positions % PAGE_TOKENS, slots, indices])
+        arrays = np.stack([layers, pages, positions % PAGE_TOKENS, slots, indices])
+        return [KvPlaces(*part) for part in np.split(arrays.astype(np.int32), [50], axis=1)]
 
-    exported = device.export_tokens(0, places(request.blocks))
-    assert not device.can_transfer()
-    scenarios.wait_for(exported)
-    device.kv.layers.fill_(torch.nan)
+    exported = [device.transfers.export_tokens(link, part) for part in parts(request.blocks)]
+    for event in exported:
+        assert not event.done()
+    device.transfers.start()
+    for event in exported:
+        scenarios.wait_for(event)
+    pages = device._kv.layers
+    pages.fill_(torch.nan)
     request.blocks = list(reversed(range(40, 40 + len(request.blocks))))
-    scenarios.wait_for(device.import_tokens(0, places(request.blocks)))
-    assert device.can_transfer()
-    device.kv.layers.nan_to_num_()  # beyond the tokens that came back
+    for part in parts(request.blocks):
+        imported = device.transfers.import_tokens(link, part)
+        device.transfers.start()
+        scenarios.wait_for(imported)
+    pages.nan_to_num_()  # beyond the tokens that came back
+    rest = scenarios.PROMPT - known
+    found = scenarios.run_pass(device, Chunk(request, known, rest))
     found += scenarios.decode(device, request, scenarios.TOKENS)
     scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -16,7 +15,6 @@ from omniserve.gpuworker.parking import ParkingLot
 from omniserve.gpuworker.requests import Place, Request
 
 ROWS = 6
-HIDDEN = 4
 NEVER = np.iinfo(np.int64).max
 
 
@@ -32,7 +30,7 @@ class Clock:
 
 
 def lot_of(clock_ns: Callable[[], int], rows: int = ROWS) -> ParkingLot:
-    return ParkingLot(rows, STAGES, HIDDEN, torch.float32, clock_ns)
+    return ParkingLot(rows, STAGES, clock_ns)
 
 
 def host_request(sequence: int, server: int = 0) -> Request:

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ _PROGRESS_NS = 10 * 10**9
 class Worker:
     """The front process: starts the engine, the gRPC server and the background tasks."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(
+        self, settings: WorkerSettings, engine: Callable[..., None] = engine_process.run
+    ) -> None:
+        """engine: what the engine's process runs."""
         self._settings = settings
         self._epoch = secrets.randbits(63)
         self._bell_path = str(settings.shm_dir / f"{settings.worker_id}.bell")
@@ -55,7 +58,7 @@ class Worker:
         self._health = health.aio.HealthServicer()
         context = multiprocessing.get_context("spawn")
         self._engine = context.Process(
-            target=engine_process.run,
+            target=engine,
             args=(settings, self._engine_end, self._bell_path),
             name="omniserve-engine",
         )
@@ -161,15 +164,15 @@ class Worker:
         return self._attachments.stats if self._attachments is not None else []
 
 
-async def _serve(settings: WorkerSettings) -> None:
-    await Worker(settings).run()
+async def _serve(settings: WorkerSettings, engine: Callable[..., None]) -> None:
+    await Worker(settings, engine).run()
 
 
-def main() -> None:
+def main(engine: Callable[..., None] = engine_process.run) -> None:
     with exit_on_error("omniserve-gpuworker"):
         settings = WorkerSettings.load(sys.argv[1:])
         logs.configure("gpuworker", settings.log_level, settings.log_format)
-        asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings, engine))
 
 
 if __name__ == "__main__":

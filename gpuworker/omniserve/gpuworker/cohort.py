@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from omniserve.gpuworker.device.rows import CohortRows
 from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.requests import Request
 
@@ -36,7 +35,8 @@ class Cohort:
         self.chunks = tuple(chunks)
         self.load = load_of(chunks)
         self.stage = 0
-        self.held: CohortRows | None = None
+        self.held: Any = None
+        """What the device keeps of it between its stages."""
         counts = [chunk.tokens for chunk in chunks]
         self.rows = sum(counts)
         positions = np.concatenate([np.arange(c.start, c.end) for c in chunks])

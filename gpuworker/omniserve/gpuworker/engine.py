@@ -13,7 +13,8 @@ from omniserve.attnkernel import Bell
 from omniserve.gpuworker import be_stages, boarding, deadlines
 from omniserve.gpuworker.channel import EngineChannel
 from omniserve.gpuworker.cohort import Cohort
-from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.device.afterwards import Afterwards
+from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.inbox import Inbox
 from omniserve.gpuworker.iteration_log import IterationLog
 from omniserve.gpuworker.latency_model import LatencyModel, Load
@@ -39,7 +40,7 @@ class Engine:
     def __init__(
         self,
         settings: WorkerSettings,
-        device: CpuDevice,
+        device: Device,
         model: LatencyModel,
         policy: Policy,
         channel: EngineChannel,
@@ -52,12 +53,16 @@ class Engine:
         self._bell = bell
         self._clock_ns = clock_ns
         self._outbox = Outbox(channel)
-        self._lifecycle = Lifecycle(settings, device, self._outbox, policy.placement, clock_ns)
+        self._afterwards = Afterwards()
+        self._lifecycle = Lifecycle(
+            settings, device, self._afterwards, self._outbox, policy.placement, clock_ns
+        )
         self._inbox = Inbox(channel, self._lifecycle)
         self._state = self._lifecycle.state
         self._counters = self._lifecycle.counters
         self._parking = self._lifecycle.parking
-        self._stages = StageRunner(device, self._parking, self._lifecycle.servers)
+        servers = self._lifecycle.servers
+        self._stages = StageRunner(device, self._parking, servers, self._afterwards)
         self._be_cohort: Cohort | None = None
         self._log = IterationLog(settings.iteration_log)
         self._deciding_ns = 0
@@ -106,7 +111,7 @@ class Engine:
                 return following
             if not be_stages.awaits(self._state, plan, away, now):
                 break
-            self._bell.wait(seen, _WAIT_US)
+            self._wait(seen, _WAIT_US)
         return None
 
     def _run_pass(self, plan: Plan, decided_ns: int) -> None:
@@ -151,6 +156,8 @@ class Engine:
         if self._be_cohort is not None and self._be_cohort.stage == self._state.stages:
             self._lifecycle.arrived(self._be_cohort)
             self._be_cohort = None
+        if ls is not None or self._state.ls_running:
+            self._stages.wait()  # what LS streams wait for is to be known
         elapsed = self._clock_ns() - decided_ns
         self._counters.passes += ls is not None
         self._counters.busy_ns += elapsed
@@ -184,7 +191,7 @@ class Engine:
             seen = self._bell.value()
             self._lifecycle.take_answers()
             if parking.ready_at(stage) < wanted:
-                self._bell.wait(seen, _WAIT_US)
+                self._wait(seen, _WAIT_US)
 
     def _accept(self, finished: Finished, boarded: Rows) -> None:
         """Samples the rows of the last stage and hands each request its token."""
@@ -268,4 +275,10 @@ class Engine:
         if self._lifecycle.is_empty() and not self._idle:
             self._lifecycle.check_integrity()
         self._idle = self._lifecycle.is_empty()
-        self._bell.wait(seen, _WAIT_US if self._state.parked.ready.any() else _IDLE_WAIT_US)
+        self._wait(seen, _WAIT_US if self._state.parked.ready.any() else _IDLE_WAIT_US)
+
+    def _wait(self, seen: int, most_us: int) -> None:
+        """Waits for the bell, unless the device has to be watched, which does not ring it."""
+        self._afterwards.look()
+        if self._afterwards.is_empty():
+            self._bell.wait(seen, most_us)

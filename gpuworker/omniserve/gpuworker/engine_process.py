@@ -6,12 +6,11 @@ import ctypes
 import dataclasses
 import logging
 import os
-import platform
 import signal
 import socket
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 
@@ -20,10 +19,12 @@ from omniserve.attnkernel import Bell
 from omniserve.errors import OmniServeError, SettingsError
 from omniserve.gpuworker import latency_cache, profiler
 from omniserve.gpuworker.channel import EngineChannel
-from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.device.opening import hardware, open_device
+from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.engine import Engine
 from omniserve.gpuworker.latency_model import LatencyModel
-from omniserve.gpuworker.model.weights import load_weights, open_model
+from omniserve.gpuworker.model.config import ModelConfig
+from omniserve.gpuworker.model.weights import DecoderWeights, load_weights, open_model
 from omniserve.gpuworker.policies import POLICIES, Options
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.internal.v1 import attention_pb2, engine_pb2
@@ -33,7 +34,15 @@ _log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
 
 
-def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
+OpenDevice = Callable[[WorkerSettings, ModelConfig, DecoderWeights], Device]
+
+
+def run(
+    settings: WorkerSettings,
+    front: socket.socket,
+    bell_path: str,
+    open_device: OpenDevice = open_device,
+) -> None:
     """Runs an engine until told to stop. Start errors go to the front as `EngineFailed`."""
     _die_with_parent()
     logs.configure("gpuworker", settings.log_level, settings.log_format)
@@ -43,7 +52,7 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
     bell = Bell(bell_path, create=False)
     channel = EngineChannel(front, bell)
     try:
-        engine = _start(settings, channel, bell)
+        engine = _start(settings, channel, bell, open_device)
     except OmniServeError as error:
         failed = engine_pb2.EngineFailed(reason=error.reason, message=error.message)
         channel.send(engine_pb2.EngineEvent(failed=failed))
@@ -56,7 +65,9 @@ def run(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:
     channel.close()
 
 
-def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engine:
+def _start(
+    settings: WorkerSettings, channel: EngineChannel, bell: Bell, open_device: OpenDevice
+) -> Engine:
     if settings.kernel != "auto":
         try:
             attnkernel.use_kernel(settings.kernel)
@@ -69,7 +80,7 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engi
         config = dataclasses.replace(config, context_tokens=context_tokens)
     pages = settings.device_kv_tokens // settings.page_tokens
     weights = load_weights(model, getattr(torch, settings.dtype))
-    device = CpuDevice(config, weights, pages, settings.page_tokens, settings.threads)
+    device = open_device(settings, config, weights)
     latency = LatencyModel(_profile(settings, device, pages), config.layers)
     has_servers = bool(settings.attention_server_addresses)
     options = Options(
@@ -104,19 +115,18 @@ def _start(settings: WorkerSettings, channel: EngineChannel, bell: Bell) -> Engi
     return engine
 
 
-def _profile(settings: WorkerSettings, device: CpuDevice, pages: int) -> LatencyProfile:
+def _profile(settings: WorkerSettings, device: Device, pages: int) -> LatencyProfile:
     """Returns the stages' times, measured now if this is the first start of its kind."""
     config = device.config
-    core = Path(attnkernel.__path__[0]).glob("_core*.so")
-    build = [f"{stat.st_size}-{stat.st_mtime_ns}" for stat in sorted(c.stat() for c in core)]
+    name, software = hardware(settings)
     shape = (config.layers, config.hidden, config.intermediate, config.vocabulary)
     heads = (config.heads, config.kv_heads, config.head_dim)
     key = latency_cache.ProfileKey(
-        hardware=_cpu_name(),
+        hardware=name,
         model_shape=(*shape, *heads, settings.page_tokens),
         dtype=settings.dtype,
         threads=settings.threads,
-        kernel=" ".join([attnkernel.kernel_name(), *build]),
+        kernel=software,
     )
     return latency_cache.cached(
         settings.latency_cache_dir,
@@ -124,16 +134,6 @@ def _profile(settings: WorkerSettings, device: CpuDevice, pages: int) -> Latency
         lambda: profiler.measure(device, key.hardware, settings.model, settings.page_tokens, pages),
         lambda profile: profiler.was_disturbed(device, profile),
     )
-
-
-def _cpu_name() -> str:
-    """As the kernel calls it; the architecture where it does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def _die_with_parent() -> None:

@@ -8,7 +8,9 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from omniserve.attnkernel import PagedKv, WorkerLink
+from omniserve.attnkernel import WorkerLink
+from omniserve.gpuworker.device.afterwards import Afterwards
+from omniserve.gpuworker.device.port import KvTransfers
 from omniserve.gpuworker.kv.mirror import Mirror
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.gpuworker.servers import AttentionServer, Ints
@@ -17,9 +19,12 @@ from omniserve.gpuworker.servers import AttentionServer, Ints
 class HostKv:
     """Routes by `request.server`. Owned by the engine's loop; nothing here blocks."""
 
-    def __init__(self, kv: PagedKv, layers: int, page_tokens: int) -> None:
+    def __init__(
+        self, device: KvTransfers, afterwards: Afterwards, layers: int, page_tokens: int
+    ) -> None:
         self.servers: list[AttentionServer] = []
-        self._kv = kv
+        self._device = device
+        self._afterwards = afterwards
         self._layers = layers
         self._page_tokens = page_tokens
         self._mirrors: dict[int, Mirror] = {}
@@ -37,7 +42,11 @@ class HostKv:
         self._lingering = [r for r in self._lingering if r.server != index]
         self._freeing = {pair for pair in self._freeing if pair[0] != index}
         self.servers[:] = [s for s in self.servers if s.index != index] + [server]
-        self._mirrors[index] = Mirror(server, self._kv, self._layers, self._page_tokens)
+        if index in self._mirrors:
+            self._mirrors[index].lose()
+        self._mirrors[index] = Mirror(
+            server, self._device, self._afterwards, self._layers, self._page_tokens
+        )
 
     def server(self, index: int) -> AttentionServer | None:
         return next((s for s in self.servers if s.index == index), None)
@@ -82,6 +91,10 @@ class HostKv:
 
     def restore(self, request: Request) -> None:
         self._mirrors[request.server].restore(request)
+
+    def start_transfers(self) -> None:
+        """Called once an iteration, behind `checkpoint` and `restore`."""
+        self._device.start()
 
     def poll(self, server: AttentionServer) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Takes a server's answers; returns (sequences, statuses) of attention rows."""

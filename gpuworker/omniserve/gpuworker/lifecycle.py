@@ -15,7 +15,8 @@ import numpy as np
 
 from omniserve.attnkernel import STATUS_OK, WorkerLink
 from omniserve.gpuworker.cohort import Cohort
-from omniserve.gpuworker.device.cpu import CpuDevice
+from omniserve.gpuworker.device.afterwards import Afterwards
+from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.host_kv import HostKv
 from omniserve.gpuworker.kv.device_blocks import DeviceBlocks
@@ -49,7 +50,8 @@ class Lifecycle:
     def __init__(
         self,
         settings: WorkerSettings,
-        device: CpuDevice,
+        device: Device,
+        afterwards: Afterwards,
         outbox: Outbox,
         placement: Placement,
         clock_ns: Callable[[], int],
@@ -66,9 +68,9 @@ class Lifecycle:
         )
         self._clock_ns = clock_ns
         self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
-        rows = max(1, settings.be_sequences_max * len(settings.attention_server_addresses))
-        self.parking = ParkingLot(rows, config.layers + 1, config.hidden, device.dtype, clock_ns)
-        self.host = HostKv(device.kv, config.layers, settings.page_tokens)
+        self.parking = ParkingLot(settings.parked_rows, config.layers + 1, clock_ns)
+        self.host = HostKv(device.transfers, afterwards, config.layers, settings.page_tokens)
+        self._device = device
         self.servers = self.host.servers
         self.placement = placement
         self._eos = frozenset(config.eos_token_ids)
@@ -175,7 +177,7 @@ class Lifecycle:
     def _reap(self) -> None:
         for request in list(self._doomed):
             away = request.row >= 0 and self.parking.is_away(request.row)
-            if not request.in_cohort and not away:
+            if not request.in_cohort and not away and not request.imports:
                 failed, cancelled = types_pb2.FINISH_REASON_ERROR, types_pb2.FINISH_REASON_CANCELLED
                 self._end(request, failed if request.error else cancelled, request.error)
 
@@ -201,6 +203,7 @@ class Lifecycle:
                 if self.state.pages_for(request.known + 1) > self.state.blocks_total:
                     self._doom(request)  # too long by now to start over here: ends as cancelled
         self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
+        self._device.serve([server.link for server in self.servers])
         for request in lost:
             if request.place is not Place.WAITING:
                 request.leaving = False  # decodes on here until it is mirrored
@@ -303,6 +306,7 @@ class Lifecycle:
                 self.state.be_device.append(request)
                 self.blocks.promoted(request)
                 request.place = Place.DEVICE
+        self.host.start_transfers()
 
     def _look_at_mirror(self, request: Request) -> None:
         # The arena may already have tokens beyond those of which this was asked.

@@ -1,4 +1,4 @@
-"""The parking lot: BE rows between two stages, and their residuals.
+"""The parking lot: BE rows between two stages. The device keeps their residuals.
 
 A row is *ready* (its attention came back, or it was just sampled and waits at stage 0), *away*
 (its attention is at a server) or *held* (kept out of the stages while its KV moves). Preempting
@@ -13,7 +13,6 @@ from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from omniserve.gpuworker.requests import Request
 
@@ -70,12 +69,8 @@ class ParkingLot:
         self,
         rows: int,
         stages: int,
-        hidden: int,
-        dtype: torch.dtype,
         clock_ns: Callable[[], int],
     ) -> None:
-        self.residual = torch.zeros(rows, hidden, dtype=dtype)
-        """The residual store, [rows, hidden]."""
         self.server = np.zeros(rows, dtype=np.int32)
         self.sequence = np.zeros(rows, dtype=np.int32)
         self.position = np.zeros(rows, dtype=np.int64)

@@ -9,8 +9,7 @@ from functools import partial
 import numpy as np
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
-from omniserve.gpuworker.device.cpu import CpuDevice
-from omniserve.gpuworker.device.rows import CohortRows
+from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.requests import Request
 from omniserve.latency import LatencyProfile
 
@@ -28,7 +27,7 @@ _DECODE_ROWS = 8
 
 
 def measure(
-    device: CpuDevice, hardware: str, model: str, page_tokens: int, pages: int
+    device: Device, hardware: str, model: str, page_tokens: int, pages: int
 ) -> LatencyProfile:
     """Runs every kind of stage at growing row counts; takes well under 30 s.
 
@@ -67,7 +66,7 @@ def measure(
     )
 
 
-def was_disturbed(device: CpuDevice, profile: LatencyProfile) -> bool:
+def was_disturbed(device: Device, profile: LatencyProfile) -> bool:
     """Whether stages run clearly faster now than `profile` says: its host was busy then.
 
     Takes some tens of milliseconds. That the host is busier now is for the online correction.
@@ -80,7 +79,7 @@ def was_disturbed(device: CpuDevice, profile: LatencyProfile) -> bool:
     return False
 
 
-def _middle_ns(device: CpuDevice, stages: _Stages) -> float:
+def _middle_ns(device: Device, stages: _Stages) -> float:
     """0 for a model of a single layer.
 
     Other layers each time: a stage finds its weights in memory, not in a cache. A low percentile:
@@ -94,29 +93,31 @@ def _middle_ns(device: CpuDevice, stages: _Stages) -> float:
 class _Stages:
     """The dense part of each kind of stage, with `rows` made-up rows."""
 
-    def __init__(self, device: CpuDevice, rows: int) -> None:
+    def __init__(self, device: Device, rows: int) -> None:
         self._device = device
-        self._rows = rows
-        at = np.arange(rows) % device.config.context_tokens
-        held = CohortRows(
-            device.config, device.dtype, np.zeros(rows, np.int64), at, np.arange(rows)
-        )
-        held.attention[:] = 0
-        self._all, self._sampled = [held.all], [held.sampled]
+        context = device.config.context_tokens
+        # Nothing attends: all may be in the same page.
+        self._cohorts = [
+            Cohort([_chunk(row % context, 1, context) for row in range(rows)], context)
+        ]
         self._wanted = np.zeros(rows, dtype=np.bool_)
         self.first()
 
     def first(self) -> None:
-        self._device.run(0, self._all)
+        self._run(0)
 
     def middle(self, layer: int) -> None:
-        self._device.run(layer + 1, self._all)
+        self._run(layer + 1)
 
     def last(self) -> None:
-        self._device.finish(self._sampled, self._wanted)
+        self._device.finish(self._cohorts, None, self._wanted, _nothing)
+
+    def _run(self, stage: int) -> None:
+        self._device.run(stage, self._cohorts, None)
+        self._device.wait(_nothing)
 
 
-def _decode_attention(device: CpuDevice, context: int, page_tokens: int) -> tuple[float, float]:
+def _decode_attention(device: Device, context: int, page_tokens: int) -> tuple[float, float]:
     """Returns (ns per decode row, ns per KV token read), of a batch at two context lengths."""
     short, long = min(page_tokens, context), context
     times = {}
@@ -138,11 +139,19 @@ def _chunk(start: int, tokens: int, page_tokens: int, owner: int = 0) -> Chunk:
     return Chunk(request, start, tokens)
 
 
-def _attention_ns(device: CpuDevice, cohort: Cohort) -> float:
-    rows = device.enter(cohort)
-    rows.qkv[:] = 0
+def _attention_ns(device: Device, cohort: Cohort) -> float:
+    device.run(0, [cohort], None)  # leaves q, k and v
     layers = iter(list(range(device.config.layers)) * _REPEATS)
-    return _undisturbed_ns(lambda: device.attend(next(layers), cohort, rows), 2 * _REPEATS)
+
+    def attend() -> None:
+        device.attend(next(layers), cohort)
+        device.wait(_nothing)
+
+    return _undisturbed_ns(attend, 2 * _REPEATS)
+
+
+def _nothing() -> None:
+    """There is nothing to do meanwhile."""
 
 
 def _undisturbed_ns(work: Callable[[], object], repeats: int) -> float:

@@ -91,6 +91,8 @@ class Request:
     """Slots of CHECKPOINT and RESTORE messages that are not answered yet."""
     restored: int = 0
     """Tokens asked for by RESTORE."""
+    imports: int = 0
+    """Copies of restored KV into its device pages that are under way: they are its own still."""
 
     @property
     def generated(self) -> int:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from omniserve.attnkernel import KIND_ATTEND, KIND_FREE, Slots, WorkerLink
+from omniserve.attnkernel import KIND_ATTEND, KIND_FREE, WorkerLink
 from omniserve.gpuworker.requests import Request
 
 Ints = npt.NDArray[np.int32]
@@ -28,12 +27,6 @@ class AttentionServer:
         self.sequences_max = int(geometry.max_sequences)
         self.sequences_free = list(range(self.sequences_max - 1, -1, -1))
         self.transfer_slots_free = list(range(int(geometry.slots) - 1, self.sequences_max - 1, -1))
-        slab = torch.from_numpy(link.slab.view(np.int16)) if link.slab.dtype == np.uint16 else None
-        rows = slab.view(torch.bfloat16) if slab is not None else torch.from_numpy(link.slab)
-        self.slots = Slots(
-            attention=rows[:, link.out_offset :], qkv=rows[:, link.q_offset : link.out_offset]
-        )
-        """q, k, v that the worker sends and attention outputs that the server answers."""
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -66,7 +66,9 @@ class WorkerSettings(ServiceSettings):
         description="Of KV at the attention servers: auto is `dtype`; int8 has a scale per token "
         "and head, and nearly halves the bytes.",
     )
-    device: Literal["cpu"] = Field("cpu", description="Device back end.")
+    device: Literal["cpu", "cuda"] = Field(
+        "cpu", description="Device back end. No GPU has run `cuda` yet: it is there to be tried."
+    )
     threads: int = Field(2, ge=1, description="Threads of the cpu back end.")
     kernel: str = Field(
         "auto",
@@ -140,6 +142,11 @@ class WorkerSettings(ServiceSettings):
         ge=0,
         description="How long running LS requests may go on after SIGTERM; BE is handed back.",
     )
+
+    @property
+    def parked_rows(self) -> int:
+        """Rows that the parking lot has room for, at least one."""
+        return max(1, self.be_sequences_max * len(self.attention_server_addresses))
 
     @property
     def attention_server_addresses(self) -> list[str]:

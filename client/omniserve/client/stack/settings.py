@@ -31,7 +31,7 @@ class StackSettings(BaseSettings):
     dtype: Literal["float32", "bfloat16"] = Field(
         default="bfloat16", description="Of weights and KV."
     )
-    device: Literal["cpu"] = Field(default="cpu", description="Back end of the GPU worker.")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="Back end of the GPU worker.")
     device_kv_tokens: int = Field(default=16384, ge=256, description="Tokens of KV on the device.")
     arena_bytes: int = Field(
         default=256 << 20, ge=1 << 20, description="KV memory of each server, bytes."

@@ -1,18 +1,16 @@
-"""The `cpu` back end: dense stages and attention in native kernels.
-
-Called by the engine's loop only. Owns the weights and the device KV.
-"""
+"""The `cpu` back end: dense stages and attention in native kernels, done when a call returns."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from omniserve.attnkernel import DenseModel, PagedKv, Threads
+from omniserve.attnkernel import DenseModel, PagedKv, Slots, StageRows, Threads, WorkerLink
 from omniserve.gpuworker.cohort import Cohort
+from omniserve.gpuworker.device.port import DONE, Event, KvPlaces, ParkedRows
 from omniserve.gpuworker.device.rows import CohortRows, Part
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.rope import rope_tables
@@ -24,7 +22,7 @@ _SPIN_US = 50
 
 
 class CpuDevice:
-    """Runs dense stages and local attention. Shapes: rows are tokens of any requests."""
+    """See Device."""
 
     def __init__(
         self,
@@ -33,7 +31,11 @@ class CpuDevice:
         pages: int,
         page_tokens: int,
         threads: int,
+        *,
+        parked_rows: int = 0,
+        kv_dtype: str = "",
     ) -> None:
+        """kv_dtype: of the device KV; that of the weights if empty."""
         # What is left to torch is small, and its threads would take the cores from ours.
         torch.set_num_threads(1)
         torch.set_grad_enabled(False)
@@ -42,7 +44,9 @@ class CpuDevice:
         pool = Threads(threads, spin_us=_SPIN_US)
         self._dense = _pack(config, weights, pool)
         self._logits = torch.empty(0, config.vocabulary)
-        self.kv = PagedKv(
+        self._residual = torch.zeros(parked_rows, config.hidden, dtype=self.dtype)
+        self._parked = StageRows(self._residual, [])
+        self._kv = PagedKv(
             config.layers,
             config.kv_heads,
             config.head_dim,
@@ -50,31 +54,43 @@ class CpuDevice:
             pages,
             _DTYPE_NAMES[self.dtype],
             pool,
+            kv_dtype,
         )
+        self.transfers = CpuTransfers(self._kv)
 
-    def enter(self, cohort: Cohort) -> CohortRows:
-        """Returns memory for the rows of `cohort`, which is to run stage 0."""
-        return CohortRows(
-            self.config,
-            self.dtype,
-            cohort.tokens.numpy(),
-            cohort.positions.numpy(),
-            cohort.sampled_rows.numpy(),
+    def serve(self, links: Sequence[WorkerLink]) -> None:
+        self._parked = StageRows(self._residual, [_slots(link) for link in links])
+
+    def has_room(self) -> bool:
+        return True
+
+    def run(self, stage: int, cohorts: Sequence[Cohort], parked: ParkedRows | None) -> Event:
+        parts = [self._held(cohort).all for cohort in cohorts]
+        self._dense.run(stage, parts + self._parts(parked))
+        return DONE
+
+    def attend(self, layer: int, cohort: Cohort) -> None:
+        rows = self._held(cohort)
+        self._kv.append(layer, rows.k, rows.v, cohort.pages, cohort.offsets)
+        self._kv.attend(
+            layer,
+            rows.q,
+            rows.attention,
+            cohort.tables,
+            cohort.first_row,
+            cohort.n_rows,
+            cohort.first_position,
+            self.config.window_tokens(layer),
         )
-
-    def run(self, stage: int, parts: Sequence[Part]) -> None:
-        """Runs the dense work of a stage that is not the last over all rows of `parts`."""
-        self._dense.run(stage, parts)
 
     def finish(
-        self, parts: Sequence[Part], wanted: npt.NDArray[np.bool_]
+        self,
+        cohorts: Sequence[Cohort],
+        parked: ParkedRows | None,
+        wanted: npt.NDArray[np.bool_],
+        meanwhile: Callable[[], None],  # noqa: ARG002
     ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
-        """Runs the last stage over `parts`.
-
-        wanted: [rows], whose logits are. Returns the token with the largest logit of each row,
-        [rows], and [rows, vocabulary] float32, valid until the next call and only where wanted;
-        the latter is empty if none are.
-        """
+        parts = [self._held(cohort).sampled for cohort in cohorts] + self._parts(parked)
         rows = len(wanted)
         best = np.empty(rows, dtype=np.int64)
         if not wanted.any():
@@ -86,19 +102,48 @@ class CpuDevice:
         self._dense.finish(parts, best, logits, wanted)
         return best, logits
 
-    def attend(self, layer: int, cohort: Cohort, rows: CohortRows) -> None:
-        """Appends k and v of a cohort's rows to the device KV, then attends, causally."""
-        self.kv.append(layer, rows.k, rows.v, cohort.pages, cohort.offsets)
-        self.kv.attend(
-            layer,
-            rows.q,
-            rows.attention,
-            cohort.tables,
-            cohort.first_row,
-            cohort.n_rows,
-            cohort.first_position,
-            self.config.window_tokens(layer),
-        )
+    def wait(self, meanwhile: Callable[[], None]) -> None:
+        """Nothing is ever under way."""
+
+    def _held(self, cohort: Cohort) -> CohortRows:
+        if cohort.held is None:
+            cohort.held = CohortRows(
+                self.config,
+                self.dtype,
+                cohort.tokens.numpy(),
+                cohort.positions.numpy(),
+                cohort.sampled_rows.numpy(),
+            )
+        held: CohortRows = cohort.held
+        return held
+
+    def _parts(self, parked: ParkedRows | None) -> list[Part]:
+        """Rows of the parking lot, whose attention outputs and q, k, v are in servers' slots."""
+        return [] if parked is None else [Part(self._parked, *parked)]
+
+
+class CpuTransfers:
+    """See KvTransfers."""
+
+    def __init__(self, kv: PagedKv) -> None:
+        self._kv = kv
+
+    def export_tokens(self, link: WorkerLink, places: KvPlaces) -> Event:
+        self._kv.export_tokens(link, *places)
+        return DONE
+
+    def import_tokens(self, link: WorkerLink, places: KvPlaces) -> Event:
+        self._kv.import_tokens(link, *places)
+        return DONE
+
+    def start(self) -> None:
+        """Everything was done when it was asked for."""
+
+
+def _slots(link: WorkerLink) -> Slots:
+    slab = torch.from_numpy(link.slab.view(np.int16)) if link.slab.dtype == np.uint16 else None
+    rows = slab.view(torch.bfloat16) if slab is not None else torch.from_numpy(link.slab)
+    return Slots(attention=rows[:, link.out_offset :], qkv=rows[:, : link.out_offset])
 
 
 def _pack(config: ModelConfig, weights: DecoderWeights, threads: Threads) -> DenseModel:

@@ -47,7 +47,7 @@ class CohortRows:
         # Numpy's arrays reach native code in a tenth of the time that torch's tensors take.
         elem = np.float32 if dtype == torch.float32 else np.uint16
         residual = np.empty((rows, config.hidden), elem)
-        self.attention = np.empty((rows, q_end), elem)
+        self.attention = np.zeros((rows, q_end), elem)  # read before it is written by profiles
         self.qkv = np.empty((rows, k_end + config.kv_size), elem)
         """q, k and v of each row side by side, as the last stage left them."""
         self.q, self.k, self.v = self.qkv[:, :q_end], self.qkv[:, q_end:k_end], self.qkv[:, k_end:]

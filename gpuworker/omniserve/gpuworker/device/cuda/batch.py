@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from omniserve.gpuworker.device.cuda.gpu import Event, Gpu
+from omniserve.gpuworker.device.cuda.gpu import Gpu
+from omniserve.gpuworker.device.port import DONE, Event
 
 _ROWS, _POSITIONS, _TOKENS, _SLOTS = range(4)
 _Int64s = npt.NDArray[np.int64]
@@ -54,12 +55,14 @@ class Batch:
         self.order = np.empty(0, np.int64)
         """Where in the parts, one after the other, the batch's rows stand."""
         self.boarded: list[Boarded] = []
-        self.events: list[Event] = []
-        """When the device has done with it."""
+        self.computed: Event = DONE
+        """The end of its stage, ..."""
+        self.sent: Event = DONE
+        """... and when boarded rows' q, k and v are in their slots."""
 
     def is_free(self) -> bool:
-        self.events = [event for event in self.events if not event.done()]
-        return not self.events
+        """Whether the device has done with it."""
+        return self.computed.done() and self.sent.done()
 
     def fill(self, parts: Sequence[CudaPart], padded_to: Callable[[int], int]) -> None:
         """Takes the rows of `parts`: those of a server side by side, behind all others."""

@@ -12,16 +12,10 @@ from typing import Any, Protocol
 import numpy.typing as npt
 import torch
 
+from omniserve.gpuworker.device.port import Event
+
 Work = Callable[[], object]
 """Enqueues operations on tensors of the device; runs when it is launched, not when it is done."""
-
-
-class Event(Protocol):
-    """A point of a stream."""
-
-    def done(self) -> bool:
-        """Whether the stream has come past it; never blocks."""
-        ...
 
 
 class Stream(Protocol):
@@ -67,9 +61,13 @@ class Gpu(Protocol):
         """
         ...
 
+    def unmap_host(self, memory: npt.NDArray[Any]) -> None:
+        """Ends that; nothing may be under way to or from it."""
+        ...
+
 
 class TorchEvent:
-    """See Event."""
+    """A point of a stream; done when the stream has come past it."""
 
     def __init__(self, event: torch.cuda.Event) -> None:
         self.event = event
@@ -95,8 +93,8 @@ class TorchStream:
         return TorchEvent(event)
 
     def wait(self, event: Event) -> None:
-        assert isinstance(event, TorchEvent), "an event of another device"
-        self._stream.wait_event(event.event)
+        if isinstance(event, TorchEvent):  # else one that was done before there was anything to do
+            self._stream.wait_event(event.event)
 
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
@@ -127,11 +125,13 @@ class TorchGpu:
         return torch.zeros(shape, dtype=dtype, pin_memory=True)
 
     def map_host(self, memory: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-        runtime = torch.cuda.cudart()
         # With unified addresses the device calls registered memory as the host does.
-        error = runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)
-        torch.cuda.check_error(error)
+        runtime = torch.cuda.cudart()
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
         return torch.as_tensor(_Mapped(memory), device=self.device).view(dtype)
+
+    def unmap_host(self, memory: npt.NDArray[Any]) -> None:
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data))
 
 
 class _Mapped:

@@ -38,14 +38,13 @@ class RowStore:
 
 
 class CudaCohortRows:
-    """What a cohort keeps between its stages; its lane is its own until it is through."""
+    """What a cohort keeps between its stages."""
 
-    def __init__(self, cohort: Cohort, lane: int, first: int, places: torch.Tensor) -> None:
+    def __init__(self, cohort: Cohort, first: int, places: torch.Tensor) -> None:
         """first: of its places in the row store. places: [2, rows] int64, device pages, offsets."""
         rows = first + np.arange(cohort.rows)
         positions, tokens = cohort.positions.numpy(), cohort.tokens.numpy()
         sampled = cohort.sampled_rows.numpy()
-        self.lane = lane
         self.first = first
         self.rows = cohort.rows
         self.pages, self.offsets = places

@@ -2,71 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
-from omniserve.gpuworker.device.cuda.gpu import Event, Gpu, Stream
+from omniserve.attnkernel import WorkerLink
+from omniserve.gpuworker.device.cuda.gpu import Gpu, Stream
 from omniserve.gpuworker.device.cuda.kv import DevicePages
+from omniserve.gpuworker.device.cuda.slabs import Slab, Slabs
+from omniserve.gpuworker.device.cuda.upload import Upload
+from omniserve.gpuworker.device.port import DONE, Event, KvPlaces
 
-_Int64s = npt.NDArray[np.int64]
 _Copy = Callable[[torch.Tensor, torch.Tensor], None]
 
 
-class Upload:
-    """Index arrays of one kind: the same memory each time, so one is used before the next."""
+class CudaTransfers:
+    """See KvTransfers. One copy at a time, on a stream that gives way to all others.
 
-    def __init__(self, gpu: Gpu, fields: int, columns_max: int) -> None:
-        self._host = gpu.pinned(fields, columns_max, dtype=torch.int64)
-        self._arrays = self._host.numpy()
-        self._device = gpu.zeros(fields, columns_max, dtype=torch.int64)
+    What is asked for while it runs is gathered, and begins together.
+    """
 
-    def enqueue(self, stream: Stream, array: _Int64s) -> torch.Tensor:
-        """array: [fields, columns]. Whoever calls knows that the last one was used."""
-        columns = array.shape[1]
-        self._arrays[:, :columns] = array
-        device = self._device[:, :columns]
-        host = self._host[:, :columns]
-        stream.launch(lambda: device.copy_(host, non_blocking=True))
-        return device
-
-
-class Transfers:
-    """One copy at a time, on a stream that gives way to all others."""
-
-    def __init__(self, gpu: Gpu, pages: DevicePages, tokens_max: int) -> None:
-        """tokens_max: of one copy, counting each layer's."""
+    def __init__(
+        self, gpu: Gpu, model: Stream, pages: DevicePages, slabs: Slabs, tokens_max: int
+    ) -> None:
+        """tokens_max: all that slots have room for, counting each layer's."""
+        self._model = model
         self._pages = pages
+        self._slabs = slabs
         self._stream = gpu.stream()
-        self._upload = Upload(gpu, 5, tokens_max)
-        self._last: Event | None = None
+        self._upload = Upload(gpu, len(KvPlaces._fields), tokens_max)
+        self._gathered: list[tuple[WorkerLink, KvPlaces, _Copy]] = []
+        self._next = _Copied()
+        self._last: Event = DONE
 
-    def is_free(self) -> bool:
-        """Whether the last copy is done: before, there is no next one."""
-        return self._last is None or self._last.done()
+    def export_tokens(self, link: WorkerLink, places: KvPlaces) -> Event:
+        return self._ask(link, places, self._pages.export)
 
-    def export(self, after: Event, places: _Int64s, slab: torch.Tensor) -> Event:
-        """Copies KV that is there `after` into slots; returns when it is in them.
+    def import_tokens(self, link: WorkerLink, places: KvPlaces) -> Event:
+        return self._ask(link, places, self._pages.take_in)
 
-        places: [5, tokens]: layer, page, offset, slot, and which of the slot's tokens each is.
-        slab: [slots, tokens of a slot, 2 kv_size].
-        """
-        return self._copy(after, places, slab, self._pages.export)
+    def start(self) -> None:
+        if not self._gathered or not self._last.done():
+            return
+        asked = [
+            (slab, places, copy)
+            for link, places, copy in self._gathered
+            if (slab := self._slabs.of(link)) is not None  # else the server is gone
+        ]
+        if asked:
+            self._copy(asked)
+        self._next.event = self._last = self._stream.record()
+        self._next, self._gathered = _Copied(), []
 
-    def take_in(self, after: Event, places: _Int64s, slab: torch.Tensor) -> Event:
-        """Copies KV out of slots into pages that nobody uses any more `after`.
+    def wait(self) -> None:
+        """Until nothing is under way: then pages and slots may be somebody else's."""
+        while not self._last.done():
+            pass
 
-        Nothing may attend to it, and the slots are not free, before the event that it returns.
-        """
-        return self._copy(after, places, slab, self._pages.take_in)
+    def _ask(self, link: WorkerLink, places: KvPlaces, copy: _Copy) -> Event:
+        self._gathered.append((link, places, copy))
+        return self._next
 
-    def _copy(self, after: Event, places: _Int64s, slab: torch.Tensor, copy: _Copy) -> Event:
-        assert self.is_free(), "a second copy at a time"
-        self._stream.wait(after)
-        on_device = self._upload.enqueue(self._stream, places)
-        self._stream.launch(partial(copy, on_device, slab))
-        self._last = self._stream.record()
-        return self._last
+    def _copy(self, asked: Sequence[tuple[Slab, KvPlaces, _Copy]]) -> None:
+        # Behind the stages that compute what is exported, and that still read pages which imports
+        # go into.
+        self._stream.wait(self._model.record())
+        counts = [len(places.layers) for _, places, _ in asked]
+        together = np.concatenate([np.stack(places) for _, places, _ in asked], axis=1)
+        pieces = self._upload.enqueue(self._stream, together).split(counts, dim=1)
+        for (slab, _, copy), piece in zip(asked, pieces, strict=True):
+            self._stream.launch(partial(copy, piece, slab.tokens))
+
+
+class _Copied:
+    """Done when the copy is that it is a part of; not before there is one."""
+
+    def __init__(self) -> None:
+        self.event: Event | None = None
+
+    def done(self) -> bool:
+        return self.event is not None and self.event.done()
