@@ -111,8 +111,8 @@ class SimulatedGpu:
             others = [stream for stream in others if stream.priority == first]
         self._random.choice(others).go_on()
 
-    def finish(self) -> None:
-        """Executes everything; fails if streams wait for one another."""
+    def wait(self) -> None:
+        """Fails if streams wait for one another."""
         while able := [stream for stream in self._streams if stream.can_go_on()]:
             self._random.choice(able).go_on()
         assert not any(stream._queue for stream in self._streams), "streams wait for ever"

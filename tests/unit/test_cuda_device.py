@@ -53,7 +53,7 @@ def test_boarded_rows_and_ls_rows_keep_apart(seed: int, tmp_path: Path) -> None:
     model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed)
     ride = scenarios.Ride(scenarios.start(model, gpu), seed)
     ride.run()
-    gpu.finish()
+    gpu.wait()
     assert all(row.is_done() for row in ride.parked)
     ride.check(model)
 
@@ -62,7 +62,7 @@ def test_ls_goes_on_beside_servers_that_never_answer(tmp_path: Path) -> None:
     model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed=3)
     ride = scenarios.Ride(scenarios.start(model, gpu), seed=3, answering=False)
     ride.run()
-    gpu.finish()
+    gpu.wait()
     assert all(row.stage == 1 for row in ride.parked)
     assert len(ride.ls_logits) == scenarios.LS_TOKENS - scenarios.LS_PROMPT + 1
     ride.check(model)

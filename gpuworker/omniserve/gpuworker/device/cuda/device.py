@@ -123,6 +123,7 @@ class CudaDevice:
         self.transfers = CudaTransfers(
             gpu, self._model, self._kv, self._slabs, sizes.transfer_tokens
         )
+        gpu.wait()  # weights and zeros were written by another stream
 
     def serve(self, links: Sequence[WorkerLink]) -> None:
         # One that is replaced takes its slots with it, and pages of its requests are somebody

@@ -65,6 +65,10 @@ class Gpu(Protocol):
         """Ends that; nothing may be under way to or from it."""
         ...
 
+    def wait(self) -> None:
+        """Until all that was enqueued is done."""
+        ...
+
 
 class TorchEvent:
     """A point of a stream; done when the stream has come past it."""
@@ -132,6 +136,9 @@ class TorchGpu:
 
     def unmap_host(self, memory: npt.NDArray[Any]) -> None:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(memory.ctypes.data))
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
 
 
 class _Mapped:

@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# On a host with a GPU: builds, runs the GPU tests and the benchmarks of passes, writes OUT/*.json
+# and prints a table last. It needs no network and installs nothing outside of a temporary folder:
+# torch, a C++ compiler, CMake and nanobind are the host's, and wheels of what the host's Python lacks are
+# taken from WHEELS. No GPU has run it yet.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+WHEELS=${WHEELS:-.whl}
+OUT=${OUT:-runs/gpu}
+SHAPES=${SHAPES:-llama-3-8b qwen2.5-14b}
+
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available() and "no CUDA device")'
+mkdir -p "$OUT"
+site=$(mktemp -d)
+trap 'rm -rf "$site"' EXIT
+install() { "$PYTHON" -m pip install -q --no-index --no-deps --no-build-isolation --target "$site" "$@"; }
+if compgen -G "$WHEELS/*.whl" >/dev/null; then install "$WHEELS"/*.whl; fi
+install ./cpuattn
+export PYTHONPATH=$site:$PWD/proto:$PWD/gpuworker:$PWD/tests
+
+"$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu 2>&1 | tee "$OUT/tests.log" || true
+for shape in $SHAPES; do
+  "$PYTHON" benchmarks/gpu_stages.py --shape "$shape" --json >"$OUT/$shape.json"
+done
+
+tail -n 1 "$OUT/tests.log"
+"$PYTHON" - "$OUT" <<'TABLE'
+import json, pathlib, sys
+for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
+    report = json.loads(path.read_text())
+    print(report["shape"], report["device"], report["limits"])
+    for row in report["ls"]:
+        print("  batch {batch:4d}  {tpot_ms:8.2f} ms  {fraction:.2f} of the roofline".format(**row))
+    for row in report["boarded"]:
+        print("  boarded {rows:4d}  {pass_ms:8.2f} ms  {over_alone:.2f} of the pass alone".format(**row))
+    print(" ", report["transfers"])
+TABLE
