@@ -28,13 +28,9 @@ import numpy.typing as npt
 import torch
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
-from omniserve.gpuworker.device.cuda.attention import (
-    Attention,
-    FlashInferAttention,
-    TorchAttention,
-)
 from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
 from omniserve.gpuworker.device.cuda.gpu import Gpu, TorchGpu
+from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.port import Event, KvPlaces, ParkedRows
 from omniserve.gpuworker.model.config import ARCHITECTURES, ModelConfig
 from omniserve.gpuworker.model.weights import DecoderWeights, LayerWeights
@@ -86,10 +82,8 @@ class Bench:
         tokens = TRANSFER_TOKENS * config.layers
         pages = batch * self._pages_each
         sizes = Sizes(pages, PAGE_TOKENS, parked, batch, max(batch, boarded), tokens)
-        attention: Attention = TorchAttention(config)
-        if dtype == torch.bfloat16:
-            attention = FlashInferAttention(config, PAGE_TOKENS, dtype)
-        self.device = CudaDevice(gpu, config, weights, attention, sizes)
+        kernels = Kernels.flashinfer(config, PAGE_TOKENS, dtype) or Kernels.plain(config)
+        self.device = CudaDevice(gpu, config, weights, kernels, sizes)
         elements = 2 * (config.q_size + config.kv_size)
         elem: type[Any] = np.float32 if dtype == torch.float32 else np.uint16
         self._link: Any = Link(np.zeros((parked, elements), elem), elements - config.q_size)

@@ -10,8 +10,8 @@ from support import cuda_scenarios as scenarios
 from support.local_stages import PAGE_TOKENS, LocalStages
 from support.random_models import KINDS, Kind, make
 
-from omniserve.gpuworker.device.cuda.attention import Attention, FlashInferAttention
 from omniserve.gpuworker.device.cuda.gpu import TorchGpu
+from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.model.weights import WeightSource, open_model
 
 pytestmark = [
@@ -44,20 +44,21 @@ def test_boarded_rows_and_ls_rows_keep_apart(seed: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_flashinfer_attends_as_torch_does(kind: Kind, tmp_path: Path) -> None:
+def test_flashinfer_computes_what_torch_does(kind: Kind, tmp_path: Path) -> None:
     pytest.importorskip("flashinfer")
     model, tokens = model_of(kind, tmp_path), scenarios.tokens_of(1)
-    attention = FlashInferAttention(model.config, PAGE_TOKENS, torch.bfloat16)
-    found = torch.cat(_decoded(model, tokens, torch.bfloat16, attention))
+    kernels = Kernels.flashinfer(model.config, PAGE_TOKENS, torch.bfloat16)
+    assert kernels is not None
+    found = torch.cat(_decoded(model, tokens, torch.bfloat16, kernels))
     wanted = torch.cat(_decoded(model, tokens, torch.bfloat16, None))
     errors = (found - wanted).abs().mean(-1) / wanted.std(-1)
     assert float(errors.max()) < BFLOAT16_TOLERANCE
 
 
 def _decoded(
-    model: WeightSource, tokens: list[int], dtype: torch.dtype, attention: Attention | None
+    model: WeightSource, tokens: list[int], dtype: torch.dtype, kernels: Kernels | None
 ) -> list[torch.Tensor]:
-    device = scenarios.start(model, TorchGpu(), dtype, attention)
+    device = scenarios.start(model, TorchGpu(), dtype, kernels)
     request = scenarios.request_of(tokens, scenarios.PROMPT, first_page=3)
     found = scenarios.prefill(device, request)
     return found + scenarios.decode(device, request, scenarios.TOKENS)

@@ -10,9 +10,9 @@ import torch
 from support.local_stages import PAGE_TOKENS, LocalStages
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
-from omniserve.gpuworker.device.cuda.attention import Attention, TorchAttention
 from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
 from omniserve.gpuworker.device.cuda.gpu import Gpu
+from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.port import Event, ParkedRows
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.weights import WeightSource, load_weights
@@ -37,12 +37,12 @@ def start(
     model: WeightSource,
     gpu: Gpu,
     dtype: torch.dtype = torch.float32,
-    attention: Attention | None = None,
+    kernels: Kernels | None = None,
 ) -> CudaDevice:
     transfers = 2 * TOKENS * model.config.layers
     sizes = Sizes(PAGES, PAGE_TOKENS, PARKED, COHORT_ROWS, SAMPLED_ROWS, transfers)
     weights = load_weights(model, dtype)
-    return CudaDevice(gpu, model.config, weights, attention or TorchAttention(model.config), sizes)
+    return CudaDevice(gpu, model.config, weights, kernels or Kernels.plain(model.config), sizes)
 
 
 def tokens_of(seed: int) -> list[int]:

@@ -8,8 +8,8 @@ from support.simulated_gpu import SimulatedGpu
 
 from omniserve.gpuworker import engine_process
 from omniserve.gpuworker.__main__ import main
-from omniserve.gpuworker.device.cuda.attention import TorchAttention
 from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
+from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.weights import DecoderWeights
@@ -17,8 +17,8 @@ from omniserve.gpuworker.settings import WorkerSettings
 
 
 def open_device(settings: WorkerSettings, config: ModelConfig, weights: DecoderWeights) -> Device:
-    gpu, attention = SimulatedGpu(settings.fault_seed), TorchAttention(config)
-    return CudaDevice(gpu, config, weights, attention, Sizes.of(settings, config))
+    gpu, kernels = SimulatedGpu(settings.fault_seed), Kernels.plain(config)
+    return CudaDevice(gpu, config, weights, kernels, Sizes.of(settings, config))
 
 
 def engine(settings: WorkerSettings, front: socket.socket, bell_path: str) -> None:

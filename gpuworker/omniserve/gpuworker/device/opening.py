@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -45,23 +44,17 @@ def hardware(settings: WorkerSettings) -> tuple[str, str]:
 
 def _cuda(settings: WorkerSettings, config: ModelConfig, weights: DecoderWeights) -> Device:
     # Late: a worker without a GPU needs none of it.
-    from omniserve.gpuworker.device.cuda.attention import (
-        Attention,
-        FlashInferAttention,
-        TorchAttention,
-    )
     from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
     from omniserve.gpuworker.device.cuda.gpu import TorchGpu
+    from omniserve.gpuworker.device.cuda.kernels import Kernels
 
     if not torch.cuda.is_available():
         raise SettingsError("device: cuda, but torch finds no CUDA device", field="device")
-    dtype = weights.embedding.dtype
-    attention: Attention = TorchAttention(config)
-    if dtype != torch.float32 and find_spec("flashinfer"):
-        attention = FlashInferAttention(config, settings.page_tokens, dtype)
-    else:
-        _log.warning("attention in plain torch: FlashInfer, for 16-bit types, is many times faster")
-    return CudaDevice(TorchGpu(), config, weights, attention, Sizes.of(settings, config))
+    kernels = Kernels.flashinfer(config, settings.page_tokens, weights.embedding.dtype)
+    if kernels is None:
+        _log.warning("plain torch: with FlashInfer, for 16-bit types, it is many times faster")
+        kernels = Kernels.plain(config)
+    return CudaDevice(TorchGpu(), config, weights, kernels, Sizes.of(settings, config))
 
 
 def _cpu_name() -> str:

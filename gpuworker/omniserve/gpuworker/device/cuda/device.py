@@ -21,7 +21,6 @@ import torch
 
 from omniserve.attnkernel import WorkerLink
 from omniserve.gpuworker.cohort import Cohort
-from omniserve.gpuworker.device.cuda.attention import Attention
 from omniserve.gpuworker.device.cuda.batch import (
     Batch,
     Boarded,
@@ -33,6 +32,7 @@ from omniserve.gpuworker.device.cuda.batch import (
 from omniserve.gpuworker.device.cuda.dense import DenseStages
 from omniserve.gpuworker.device.cuda.gpu import Gpu
 from omniserve.gpuworker.device.cuda.graphs import StageGraphs
+from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.cuda.kv import DevicePages
 from omniserve.gpuworker.device.cuda.rows import LANES, CudaCohortRows, RowStore
 from omniserve.gpuworker.device.cuda.slabs import Slabs
@@ -89,7 +89,7 @@ class CudaDevice:
         gpu: Gpu,
         config: ModelConfig,
         weights: DecoderWeights,
-        attention: Attention,
+        kernels: Kernels,
         sizes: Sizes,
     ) -> None:
         """Allocates all memory but that of graphs."""
@@ -97,8 +97,8 @@ class CudaDevice:
         self.config = config
         self.dtype = dtype = weights.embedding.dtype
         self._sizes = sizes
-        self._attention = attention
-        self._dense = DenseStages(config, weights, gpu.device)
+        self._attention = kernels.attention
+        self._dense = DenseStages(config, weights, kernels.elementwise, gpu.device)
         self._store = RowStore(gpu, config, dtype, sizes.parked_rows, sizes.cohort_rows)
         rows_max = sizes.parked_rows + LANES * sizes.cohort_rows
         self._model = gpu.stream(priority=-1)
@@ -254,7 +254,7 @@ class CudaDevice:
             logits.copy_(dense.head(x))
             torch.argmax(logits, dim=1, out=self._best[:rows])
             return
-        self._qkv[stage % _QKV_BUFFERS][:rows].copy_(dense.enter(stage, x, index.positions(rows)))
+        dense.enter(stage, x, index.positions(rows), self._qkv[stage % _QKV_BUFFERS][:rows])
         store.residual.index_copy_(0, places, x)
 
     def _fetch(self, batch: Batch, boarded: Boarded, out: torch.Tensor) -> None:
