@@ -151,7 +151,9 @@ def test_a_process_that_cannot_start_says_why_in_one_line(
 def test_a_port_in_use_is_a_typed_error(stack: Stack) -> None:
     stack.worker()
     controlplane = stack.controlplane()
-    command = [sys.executable, "-m", "omniserve.controlplane", f"--listen={controlplane.address}"]
+    flags = [f"--listen={controlplane.address}", f"--model-path={MODEL_PATH}"]
+    flags.append(f"--redis-url={stack.redis_url}")
+    command = [sys.executable, "-m", "omniserve.controlplane", *flags]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "controlplane: ADDRESS_IN_USE: cannot listen on" in done.stderr

@@ -48,7 +48,8 @@ def measure(
             last.append(_undisturbed_ns(stages.last, repeats))
         else:
             last.append(last[-1] * rows / _ROWS[len(last) - 1])
-    context = min(_CONTEXT, pages * page_tokens // _DECODE_ROWS)
+    room = pages * page_tokens // _DECODE_ROWS
+    context = min(_CONTEXT, room, device.config.context_tokens)
     row_ns, token_ns = _decode_attention(device, context, page_tokens)
     chunk = Cohort([_chunk(0, context, page_tokens)], page_tokens)
     pair_ns = _attention_ns(device, chunk) / (context * context / 2)
