@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -43,21 +44,24 @@ BESIDE = 16
 TRANSFER_TOKENS = 512
 
 
-class Shape(NamedTuple):
-    family: str
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocabulary: int
+def _shape(family: str, *sizes: int, vocabulary: int) -> ModelConfig:
+    """sizes: layers, hidden, heads, KV heads, head dimension, intermediate."""
+    return ModelConfig(
+        ARCHITECTURES[family],
+        *sizes,
+        vocabulary=vocabulary,
+        context_tokens=0,
+        rope_theta=500_000.0,
+        norm_epsilon=1e-5,
+        eos_token_ids=(),
+        tied_head=False,
+    )
 
 
 SHAPES = {
-    "llama-3-8b": Shape("llama", 32, 4096, 32, 8, 128, 14336, 128256),
-    "qwen2.5-14b": Shape("qwen2", 48, 5120, 40, 8, 128, 13824, 152064),
-    "tiny": Shape("llama", 3, 64, 4, 2, 16, 128, 256),
+    "llama-3-8b": _shape("llama", 32, 4096, 32, 8, 128, 14336, vocabulary=128256),
+    "qwen2.5-14b": _shape("qwen2", 48, 5120, 40, 8, 128, 13824, vocabulary=152064),
+    "tiny": _shape("llama", 3, 64, 4, 2, 16, 128, vocabulary=256),
 }
 
 
@@ -71,9 +75,11 @@ class Link(NamedTuple):
 class Bench:
     """One device, and what its passes take."""
 
-    def __init__(self, gpu: Gpu, shape: Shape, context: int, batch: int, boarded: int) -> None:
+    def __init__(
+        self, gpu: Gpu, shape: ModelConfig, context: int, batch: int, boarded: int
+    ) -> None:
         """batch, boarded: the largest ones."""
-        config = self.config = _config(shape, context)
+        config = self.config = replace(shape, context_tokens=context)
         dtype = torch.bfloat16 if gpu.device.type == "cuda" else torch.float32
         weights = _weights(config, gpu.device, dtype)
         self._pages_each = -(-context // PAGE_TOKENS)
@@ -140,7 +146,7 @@ class Bench:
 
 def measure(
     gpu: Gpu,
-    shape: Shape,
+    shape: ModelConfig,
     context: int,
     batches: Sequence[int],
     boarded: Sequence[int],
@@ -232,24 +238,6 @@ def _limits(gpu: Gpu) -> dict[str, float]:
         "to_host_gbs": gbs(host, one, size),
         "to_device_gbs": gbs(one, host, size),
     }
-
-
-def _config(shape: Shape, context: int) -> ModelConfig:
-    return ModelConfig(
-        architecture=ARCHITECTURES[shape.family],
-        layers=shape.layers,
-        hidden=shape.hidden,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        intermediate=shape.intermediate,
-        vocabulary=shape.vocabulary,
-        context_tokens=context,
-        rope_theta=500_000.0,
-        norm_epsilon=1e-5,
-        eos_token_ids=(),
-        tied_head=False,
-    )
 
 
 def _weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
