@@ -14,6 +14,7 @@ struct Candidate {
   const Kernels* kernels;
   const DenseKernelSet* dense;
   bool (*runs_here)();
+  bool (*made_for_this)() = [] { return true; };  // or for another CPU with the same instructions
 };
 
 #if defined(__x86_64__)
@@ -33,11 +34,15 @@ bool has_v4() {
 bool has_v4_dot() {
   return has_v4() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
+
+// Zen 3 is of the same family, but has no AVX-512.
+bool is_zen4() { return __builtin_cpu_is("amdfam19h") && has_v4_dot(); }
 #endif
 
-// The fastest first.
+// The fastest first, where it is made for this CPU.
 constexpr Candidate kCandidates[] = {
 #if defined(__x86_64__)
+    {&kernel_zen4::kKernels, &kernel_v4_dot::kDense, has_v4_dot, is_zen4},
     {&kernel_v4_dot::kKernels, &kernel_v4_dot::kDense, has_v4_dot},
     {&kernel_v4::kKernels, &kernel_v4::kDense, has_v4},
     {&kernel_v3::kKernels, &kernel_v3::kDense, has_v3},
@@ -45,14 +50,18 @@ constexpr Candidate kCandidates[] = {
     {&kernel_base::kKernels, &kernel_base::kDense, [] { return true; }},
 };
 
-const Candidate* fastest() {
-  for (const Candidate& candidate : kCandidates)
-    if (candidate.runs_here()) return &candidate;
-  return nullptr;  // not reached: the last one runs anywhere
+// Those that run on this CPU, the fastest first. Never empty: the last one runs anywhere.
+std::vector<const Candidate*> runnable() {
+  std::vector<const Candidate*> found;
+  for (const bool made_for_this : {true, false})
+    for (const Candidate& candidate : kCandidates)
+      if (candidate.runs_here() && candidate.made_for_this() == made_for_this)
+        found.push_back(&candidate);
+  return found;
 }
 
 std::atomic<const Candidate*>& chosen() {
-  static std::atomic<const Candidate*> candidate{fastest()};
+  static std::atomic<const Candidate*> candidate{runnable().front()};
   return candidate;
 }
 
@@ -75,15 +84,14 @@ const char* kernel_name() { return kernels().name; }
 
 std::vector<std::string> kernel_names() {
   std::vector<std::string> names;
-  for (const Candidate& candidate : kCandidates)
-    if (candidate.runs_here()) names.emplace_back(candidate.kernels->name);
+  for (const Candidate* candidate : runnable()) names.emplace_back(candidate->kernels->name);
   return names;
 }
 
 void use_kernel(const std::string& name) {
-  for (const Candidate& candidate : kCandidates) {
-    if (name != candidate.kernels->name || !candidate.runs_here()) continue;
-    chosen().store(&candidate, std::memory_order_relaxed);
+  for (const Candidate* candidate : runnable()) {
+    if (name != candidate->kernels->name) continue;
+    chosen().store(candidate, std::memory_order_relaxed);
     return;
   }
   std::string message = "no kernel " + name + " on this CPU, which runs:";

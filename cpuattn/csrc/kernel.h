@@ -84,5 +84,6 @@ namespace kernel_base { extern const Kernels kKernels; }
 namespace kernel_v3 { extern const Kernels kKernels; }
 namespace kernel_v4 { extern const Kernels kKernels; }
 namespace kernel_v4_dot { extern const Kernels kKernels; }
+namespace kernel_zen4 { extern const Kernels kKernels; }
 
 }  // namespace omniserve

@@ -55,30 +55,40 @@ INLINE Vec capped(Vec x, float cap) {
   return (x < Vec{} ? -t : t) * (cap * kLog2E);
 }
 
+// A tile's scales of K and V, [kTileTokens] each.
+struct Scales {
+  alignas(64) float k[kTileTokens];
+  alignas(64) float v[kTileTokens];
+};
+
 // Turns the raw scores of one query with a tile into weights, in place of operands; rescales what
 // the query has so far. Returns the step of the weights. kPlain: the tile is full, the query sees
 // all of it, and nothing caps its scores.
 template <typename F, bool kPlain>
 INLINE float soften(State<F>& s, int query, const AttendUnit& u, const Tile& tile,
-                    const float* scores, const float* v_steps, std::uint32_t* operands) {
+                    const float* scores, const Scales& scales, std::uint32_t* operands) {
   const int vectors =
       (kPlain ? int{kTileTokens} : static_cast<int>(tile.pages * u.page_tokens)) / kLanes;
   const auto begin = static_cast<std::int32_t>(tile.start);
   const std::int32_t first = static_cast<std::int32_t>(s.first[query]) - begin;
   const std::int32_t end = static_cast<std::int32_t>(s.end[query]) - begin;
   const bool masked = !kPlain && (first > 0 || end < vectors * kLanes);
-  Vec logits[kTileTokens / kLanes];
+  const bool capping = !kPlain && u.softcap != 0;
+  const float slope = capping ? 1 : s.factor[query];  // positive
+  Vec values[kTileTokens / kLanes];  // base-2 logits are values * slope
   Vec top = broadcast(kNegInf);
   for (int i = 0; i < vectors; ++i) {
-    logits[i] = load(scores + i * kLanes) * s.factor[query];
-    if (!kPlain && u.softcap != 0) logits[i] = capped(logits[i], u.softcap);
+    values[i] = load(scores + i * kLanes);
+    if (F::kScaled) values[i] *= load(scales.k + i * kLanes);
+    if (capping) values[i] = capped(values[i] * s.factor[query], u.softcap);
     if (masked) {
       const IntVec lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
       const IntVec token = lane + i * kLanes;
-      logits[i] = (token >= first) & (token < end) ? logits[i] : broadcast(kNegInf);
+      values[i] = (token >= first) & (token < end) ? values[i] : broadcast(kNegInf);
     }
-    top = vmax(top, logits[i]);
+    top = vmax(top, values[i]);
   }
+  top *= slope;
   float max = s.max[query];
   Vec sum = load(s.sum[query]);
   if (any_greater(top, broadcast(max))) {
@@ -91,11 +101,11 @@ INLINE float soften(State<F>& s, int query, const AttendUnit& u, const Tile& til
   }
   const float shift = max == kNegInf ? 0 : max;  // nothing seen so far: every weight is zero
   for (int i = 0; i < vectors; ++i) {
-    logits[i] = exp2_negative(logits[i] - shift);
-    sum += logits[i];
+    values[i] = exp2_negative(values[i] * slope - shift);
+    sum += values[i];
   }
   store(s.sum[query], sum);
-  return F::put_weights(logits, vectors, v_steps, operands);
+  return F::put_weights(values, vectors, scales.v, operands);
 }
 
 alignas(64) constexpr float kZeros[2 * kLanes] = {};
@@ -103,25 +113,26 @@ alignas(64) constexpr float kZeros[2 * kLanes] = {};
 // Raw scores of N queries with the group of C * 16 tokens at `k`.
 template <typename F, int N, int C, bool kFetch>
 INLINE void score(const State<F>& s, int query, const AttendUnit& u, const std::byte* k,
-                  const float* k_steps, const std::byte* fetch, float* scores) {
+                  const std::byte* fetch, float* scores) {
   if constexpr (F::kScaled)
-    score_scaled<F, N, C, kFetch>(s, query, u, k, k_steps, fetch, scores);
+    score_scaled<F, N, C, kFetch>(s, query, u, k, fetch, scores);
   else
     multiply<F, N, C, kFetch>(k, u.head_dim / F::kPacking, fetch,
                               s.q + std::size_t(query) * kOperands<F>, kZeros, 0, scores,
                               kTileTokens);
 }
 
-// A line of V whose lanes hold one valid value and one behind the last token, which may be
-// anything, also NaN.
+// out[i] += sums[i] + the one valid value in each lane of `line`, weighted; the other value lies behind
+// the last token and may be anything, also NaN.
 template <typename F, int N, int C>
-INLINE void add_last(const std::byte* line, const std::uint32_t* weights, float* out,
-                     std::size_t stride) {
+INLINE void add_last(const std::byte* line, const std::uint32_t* weights, const float* sums,
+                     float* out, std::size_t stride) {
   for (int c = 0; c < C; ++c) {
     const auto value = F::unpack(load_line(line + c * 64) & 0xFFFFu);
     for (int i = 0; i < N; ++i) {
+      const Vec sum = load(sums + (i * C + c) * kLanes);
       float* to = out + i * stride + c * kLanes;
-      store(to, F::dot(load(to), value, F::spread(weights[i * kOperands<F>])));
+      store(to, load(to) + F::dot(sum, value, F::spread(weights[i * kOperands<F>])));
     }
   }
 }
@@ -134,18 +145,22 @@ INLINE void gather(State<F>& s, int query, const AttendUnit& u, const Blocks& bl
   if constexpr (F::kScaled) {
     gather_scaled<F, N, C, kFetch>(s, query, u, blocks, ahead, tokens, d, weights, steps);
   } else {
-    const std::size_t half = std::size_t{u.page_tokens} * u.head_dim * F::kBytes;
-    const std::size_t at = half + std::size_t{d} * u.page_tokens * F::kBytes;
+    const std::size_t at = v_offset<F>(u) + std::size_t{d} * u.page_tokens * F::kBytes;
     float* out = s.out + std::size_t(query) * u.head_dim + d;
     for (std::uint32_t page = 0, done = 0; done < tokens; ++page) {
       const std::uint32_t here = tokens - done < u.page_tokens ? tokens - done : u.page_tokens;
       const std::byte* v = blocks.at[page] + at;
       const std::uint32_t* w = weights + done / F::kPacking;
       const std::size_t lines = here / F::kPacking;
-      multiply<F, N, C, kFetch>(v, lines, ahead_of(blocks, ahead, page, at, 2 * half), w, out,
-                                u.head_dim, out, u.head_dim);
-      if constexpr (F::kPacking == 2)
-        if (here % 2 != 0) add_last<F, N, C>(v + lines * C * 64, w + lines, out, u.head_dim);
+      const std::byte* fetch = ahead_of<F, N>(blocks, ahead, page, at, u.head_stride);
+      if (F::kPacking == 1 || here % 2 == 0) {
+        multiply<F, N, C, kFetch>(v, lines, fetch, w, out, u.head_dim, out, u.head_dim);
+      } else if constexpr (F::kPacking == 2) {
+        // Sums are the same as where the line's other token counts, with no weight.
+        alignas(64) float sums[N * C * kLanes];
+        multiply<F, N, C, kFetch>(v, lines, fetch, w, kZeros, 0, sums, C * kLanes);
+        add_last<F, N, C>(v + lines * C * 64, w + lines, sums, out, u.head_dim);
+      }
       done += here;
     }
   }
@@ -160,49 +175,51 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
   const std::uint32_t tile_tokens = tile.pages * u.page_tokens;
   if (tile.start >= end || tile.start + tile_tokens <= s.first[query]) return;
   const std::uint32_t tokens = end - tile.start < tile_tokens ? end - tile.start : tile_tokens;
-  const std::size_t values = 2 * std::size_t{u.page_tokens} * u.head_dim * F::kBytes;
+  const std::size_t size = u.head_stride;  // of a block
 
   alignas(64) float scores[N * kTileTokens];
-  alignas(64) float v_steps[kTileTokens];
+  Scales scales;
   for (std::uint32_t page = 0; page < tile.pages; ++page) {
     const std::byte* block = blocks.at[page];
-    const float* k_steps = reinterpret_cast<const float*>(block + values);
-    if (F::kScaled) {
-      std::memcpy(v_steps + page * u.page_tokens, k_steps + u.page_tokens, 4 * u.page_tokens);
-      if (kFetch)
-        for (std::uint32_t i = 0; i < 8 * u.page_tokens; i += 64)
-          __builtin_prefetch(ahead.at[page] + values + i, 0, 3);
-    }
     for (std::uint32_t t = 0; t < u.page_tokens; t += 2 * kLanes) {
       const std::size_t at = std::size_t{t} * u.head_dim * F::kBytes;
-      const std::byte* fetch = ahead_of(blocks, ahead, page, at, values);
+      const std::byte* fetch = ahead_of<F, N>(blocks, ahead, page, at, size);
       float* to = scores + page * u.page_tokens + t;
       if (t + 2 * kLanes <= u.page_tokens)
-        score<F, N, 2, kFetch>(s, query, u, block + at, k_steps + t, fetch, to);
+        score<F, N, 2, kFetch>(s, query, u, block + at, fetch, to);
       else
-        score<F, N, 1, kFetch>(s, query, u, block + at, k_steps + t, fetch, to);
+        score<F, N, 1, kFetch>(s, query, u, block + at, fetch, to);
+    }
+    if constexpr (F::kScaled) {
+      const std::size_t at = std::size_t{u.page_tokens} * u.head_dim;
+      const std::size_t row = u.page_tokens * sizeof(float);
+      std::memcpy(scales.k + page * u.page_tokens, block + at, row);
+      std::memcpy(scales.v + page * u.page_tokens, block + at + row, row);
+      if (kFetch)
+        for (std::size_t i = 0; i < 2 * row; i += 64)
+          Fetch<F, N>::line(ahead_of<F, N>(blocks, ahead, page, at, size) + i, 0);
     }
   }
-  if (F::kScaled)
-    for (std::uint32_t t = tokens; t < tile_tokens; ++t) v_steps[t] = 0;
+  if constexpr (F::kScaled)
+    for (std::uint32_t t = tokens; t < tile_tokens; ++t) scales.v[t] = 0;
 
   constexpr std::size_t kRow = F::kScaled ? kTileTokens / F::kPacking : kOperands<F>;
   alignas(64) std::uint32_t weights[N * F::kTerms * kRow];
   float steps[N];
-  // Memory must not rest meanwhile: what int8 needs next is fetched here. Measured; with the one
-  // loop of floats this is slower than nothing.
-  constexpr int kSoftenLines = F::soften_lines(N);
-  const std::byte* fetch = ahead_of(blocks, ahead, 0, values / 2, values);
+  using Ahead = Fetch<F, N>;
+  const std::byte* fetch = Ahead::kPauseBegins
+                               ? blocks.at[0] + v_offset<F>(u)
+                               : ahead_of<F, N>(blocks, ahead, 0, v_offset<F>(u), size);
   const bool plain = tokens == kTileTokens && s.first[query + N - 1] <= tile.start &&
                      s.end[query] >= tile.start + kTileTokens && u.softcap == 0;
   for (int i = 0; i < N; ++i) {
     if (kFetch)
-      for (int line = 0; line < kSoftenLines; ++line)
-        __builtin_prefetch(fetch + (i * kSoftenLines + line) * 64, 0, 3);
+      for (int line = 0; line < Ahead::kPauseLines; ++line)
+        __builtin_prefetch(fetch + (i * Ahead::kPauseLines + line) * 64, 0, 3);
     const float* mine = scores + i * kTileTokens;
     std::uint32_t* operands = weights + i * F::kTerms * kRow;
-    steps[i] = plain ? soften<F, true>(s, query + i, u, tile, mine, v_steps, operands)
-                     : soften<F, false>(s, query + i, u, tile, mine, v_steps, operands);
+    steps[i] = plain ? soften<F, true>(s, query + i, u, tile, mine, scales, operands)
+                     : soften<F, false>(s, query + i, u, tile, mine, scales, operands);
   }
 
   std::uint32_t d = 0;
@@ -213,20 +230,13 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
 }
 
 // As many of the `left` queries as fit into the registers; returns how many.
-template <typename F, bool kFetch>
+template <typename F, bool kFetch, int N = kBlockQueries / F::kTerms>
 INLINE int visit_some(State<F>& s, int query, int left, const AttendUnit& u, const Tile& tile,
                       const Blocks& blocks, const Blocks& ahead) {
-  constexpr int kMost = kBlockQueries / F::kTerms;
-  if constexpr (kMost >= 8)
-    if (left >= 8) return visit<F, 8, kFetch>(s, query, u, tile, blocks, ahead), 8;
-  if constexpr (kMost >= 6)
-    if (left >= 6) return visit<F, 6, kFetch>(s, query, u, tile, blocks, ahead), 6;
-  if constexpr (kMost >= 4)
-    if (left >= 4) return visit<F, 4, kFetch>(s, query, u, tile, blocks, ahead), 4;
-  if constexpr (kMost >= 3)
-    if (left >= 3) return visit<F, 3, kFetch>(s, query, u, tile, blocks, ahead), 3;
-  if (left >= 2) return visit<F, 2, kFetch>(s, query, u, tile, blocks, ahead), 2;
-  return visit<F, 1, kFetch>(s, query, u, tile, blocks, ahead), 1;
+  if constexpr (N > 1)
+    if (left < N) return visit_some<F, kFetch, N - 1>(s, query, left, u, tile, blocks, ahead);
+  visit<F, N, kFetch>(s, query, u, tile, blocks, ahead);
+  return N;
 }
 
 INLINE Vec load_row(const void* row, std::size_t at, std::uint32_t dtype) {

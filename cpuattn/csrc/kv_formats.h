@@ -14,7 +14,6 @@ constexpr std::uint32_t kTileTokens = 64;
 struct FloatFormat {
   static constexpr int kTerms = 1;
   static constexpr bool kScaled = false;
-  static constexpr int soften_lines(int) { return 0; }
 };
 
 // One value per operand.
@@ -97,17 +96,10 @@ struct Bfloat16Format : FloatFormat {
   }
 };
 
-// Neighbours `valid` and later of each lane become zero: they may hold anything, also NaN.
-INLINE UintVec load_valid(const std::byte* p, std::uint32_t valid, std::uint32_t packing) {
-  const UintVec bits = load_as<UintVec>(p);
-  return valid < packing ? bits & ((1u << (32 / packing * valid)) - 1) : bits;
-}
-
 struct Int8Format {
   using Acc = IntVec;
   static constexpr int kTerms = 2;
   static constexpr bool kScaled = true;
-  static constexpr int soften_lines(int queries) { return queries >= 4 ? 14 : 4; }
   static constexpr std::uint32_t kPacking = 4;
   static constexpr std::uint32_t kBytes = 1;
   // A query is step * (128 * high + low), a weight is step * (256 * high + low).
@@ -143,9 +135,11 @@ struct Int8Format {
     return acc + madd(a.even, b.even) + madd(a.odd, b.odd);
   }
 #endif
-  static INLINE Line line_k(const std::byte* p) { return unpack_unsigned(load_as<UintVec>(p)); }
+  static INLINE Line line_k(const std::byte* p) { return unpack_unsigned(load_line(p)); }
+  static INLINE Line line_v(const std::byte* p) { return unpack_signed(load_line(p)); }
+  // Neighbours `valid` and later of each lane become zero: they may hold anything.
   static INLINE Line line_v(const std::byte* p, std::uint32_t valid) {
-    return unpack_signed(load_valid(p, valid, kPacking));
+    return unpack_signed(load_line(p) & ((1u << (32 / kPacking * valid)) - 1));
   }
   static INLINE Spread spread_q(std::uint32_t operand) {
     return unpack_signed(UintVec{} + operand);
@@ -161,8 +155,8 @@ struct Int8Format {
   }
 
   static INLINE IntVec start_score(std::int32_t bias) { return IntVec{} + bias; }
-  static INLINE Vec score(const Acc* acc, const float* k_steps) {
-    return __builtin_convertvector(acc[0] * kQueryHigh + acc[1], Vec) * load(k_steps);
+  static INLINE Vec score(const Acc* acc) {
+    return __builtin_convertvector(acc[0] * kQueryHigh + acc[1], Vec);
   }
   static INLINE void finish_out(float* out, const Acc* acc, float step) {
     const Vec sum = __builtin_convertvector(acc[0] * kWeightHigh + acc[1], Vec);
@@ -175,7 +169,7 @@ struct Int8Format {
     Vec top = Vec{};
     for (std::uint32_t d = 0; d < dim; d += kLanes) top = vmax(top, vmax(load(q + d), -load(q + d)));
     const float largest = horizontal_max(top);
-    *step = largest / kQueryLargest;
+    *step = largest > kTiny ? largest / kQueryLargest : 1;
     const float inverse = largest > kTiny ? kQueryLargest / largest : 0;
     std::int32_t high_sum = 0, low_sum = 0;
     std::int8_t* high = reinterpret_cast<std::int8_t*>(to);

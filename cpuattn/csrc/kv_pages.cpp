@@ -228,7 +228,7 @@ void stream_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
   move_k<Word, true>(half, dim / P, n, 0, n, k, head.ahead);
   stream(head.block + head.offset * dim * sizeof(T), half, n * dim * sizeof(T));
   move_v<T, P, true>(half, dim, n, 0, n, v, head.ahead);
-  std::byte* block = head.block + dim * g.page_tokens * sizeof(T);
+  std::byte* block = head.block + shm::v_offset(g);
   for (std::size_t first = 0; first < dim; first += kGroup) {
     const std::size_t width = std::min(kGroup, dim - first);
     stream(block + (first * g.page_tokens + head.offset * width) * sizeof(T),
@@ -243,8 +243,7 @@ void move_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
   if (kIn && head.offset % kGroup == 0 && head.n == group)
     return stream_head<T, P, Word>(head, g, k, v);
   move_k<Word, kIn>(head.block, g.head_dim / P, g.page_tokens, head.offset, head.n, k, head.ahead);
-  std::byte* v_block = head.block + std::size_t{g.head_dim} * g.page_tokens * sizeof(T);
-  move_v<T, P, kIn>(v_block, g.head_dim, g.page_tokens, head.offset, head.n, v, head.ahead);
+  move_v<T, P, kIn>(head.block + shm::v_offset(g), g.head_dim, g.page_tokens, head.offset, head.n, v, head.ahead);
 }
 
 // The step between two int8 values: 127 of them reach the row's largest magnitude. 0 for a row of
@@ -275,9 +274,9 @@ struct Int8Rows {
   std::byte* operator[](std::size_t i) { return reinterpret_cast<std::byte*>(values[i]); }
 };
 
-// [K scales][V scales] behind the values of an int8 block.
+// [K scales][V scales] of an int8 block.
 float* scales_of(std::byte* block, const shm::Geometry& g) {
-  return reinterpret_cast<float*>(block + std::size_t{2} * g.head_dim * g.page_tokens);
+  return reinterpret_cast<float*>(block + shm::scales_offset(g));
 }
 
 template <typename T>

@@ -12,7 +12,7 @@
 namespace omniserve::shm {
 
 constexpr std::uint64_t kMagic = 0x314745534E4D4FULL;  // "OMNSEG1"
-constexpr std::uint32_t kLayoutVersion = 3;
+constexpr std::uint32_t kLayoutVersion = 4;
 constexpr std::uint64_t kPageAlign = 4096;
 constexpr std::uint64_t kLine = 64;
 
@@ -167,13 +167,18 @@ constexpr std::uint32_t transfer_tokens(const Geometry& g) {
 constexpr std::uint32_t kGroupLanes = 32;
 
 // One (layer, page, kv head), with P = packing(kv_dtype) and G = kGroupLanes:
-//   K [page_tokens / G][head_dim / P][G][P], then V [head_dim / G][page_tokens / P][G][P],
-// the last group being narrower where G does not divide; for kInt8 then float32 scales of K
-// [page_tokens], of V [page_tokens]. kInt8 holds K + 128 as unsigned bytes, V as signed ones.
-constexpr std::uint64_t block_bytes(const Geometry& g) {
-  const std::uint64_t scales = g.kv_dtype == kInt8 ? 2ULL * g.page_tokens * sizeof(float) : 0;
-  return 2ULL * g.head_dim * g.page_tokens * dtype_bytes(g.kv_dtype) + scales;
+//   K [page_tokens / G][head_dim / P][G][P],
+//   for kInt8 float32 scales of K [page_tokens] and of V [page_tokens],
+//   V [head_dim / G][page_tokens / P][G][P],
+// the last group being narrower where G does not divide. kInt8 holds K + 128 as unsigned bytes, V as
+// signed ones. All of it lies in the order in which the kernel reads it.
+constexpr std::uint64_t scales_offset(const Geometry& g) {
+  return std::uint64_t{g.head_dim} * g.page_tokens * dtype_bytes(g.kv_dtype);
 }
+constexpr std::uint64_t v_offset(const Geometry& g) {
+  return scales_offset(g) + (g.kv_dtype == kInt8 ? 2ULL * g.page_tokens * sizeof(float) : 0);
+}
+constexpr std::uint64_t block_bytes(const Geometry& g) { return v_offset(g) + scales_offset(g); }
 
 // One page id: its blocks in all layers.
 constexpr std::uint64_t page_bytes(const Geometry& g) {

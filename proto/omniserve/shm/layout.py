@@ -13,7 +13,7 @@ from typing import Any, Literal, cast, get_args
 from omniserve.errors import InvalidArgumentError
 
 MAGIC = 0x314745534E4D4F  # "OMNSEG1"
-LAYOUT_VERSION = 3
+LAYOUT_VERSION = 4
 PAGE_ALIGN_BYTES = 4096
 LINE_BYTES = 64
 
