@@ -8,7 +8,9 @@ For each geometry, context, batch and number of threads it alternates calls of t
 
 `fraction` is KV bytes read per second over `limit_gbs`: the best read loop of the same run, or what
 the bfloat16 peak lets through if that is less. A fraction over 1.02 fails the run: then the loops
-are too weak. `int8_speedup` is tokens per second with int8 KV over bfloat16.
+are too weak. `int8_speedup` is tokens per second with int8 KV over bfloat16. Every ratio is the
+median of those of single rounds, for a host may give half as much memory bandwidth from one second
+to the next.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 
 from omniserve.attnkernel import kernel_name
 from omniserve.attnkernel._bench import AttentionProbe, ReadProbe, bf16_flops
+
+Result = TypeVar("Result")
 
 GEOMETRIES = ((9, 3, 64), (32, 8, 128), (64, 8, 128), (32, 32, 128))
 CONTEXTS = (1024, 4096, 16384)
@@ -102,21 +106,23 @@ class Sdpa:
         return time.perf_counter() - start
 
 
-def alternate(rounds: int, calls: int, sides: dict[str, Callable[[], Any]]) -> dict[str, list[Any]]:
-    """Runs each side in turn, `calls` times a round, after a pause and calls that are not counted.
+def settled(run: Callable[[], Result]) -> Callable[[], Result]:
+    """Waits until the threads of the side before are asleep, and makes calls that do not count."""
 
-    The pause lets the threads of the side before fall asleep.
-    """
-    results: dict[str, list[Any]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            time.sleep(SETTLE_S)
-            warm_ns = time.perf_counter_ns() + WARM_S * 1e9
+    def call() -> Result:
+        time.sleep(SETTLE_S)
+        warm_ns = time.perf_counter_ns() + WARM_S * 1e9
+        run()
+        while time.perf_counter_ns() < warm_ns:
             run()
-            while time.perf_counter_ns() < warm_ns:
-                run()
-            results[name] += [run() for _ in range(1 if name in ("read", "sdpa") else calls)]
-    return results
+        return run()
+
+    return call
+
+
+def repeated(run: Callable[[], float], calls: int) -> Callable[[], float]:
+    first = settled(run)
+    return lambda: statistics.median([first(), *(run() for _ in range(calls - 1))])
 
 
 def measure(
@@ -124,36 +130,46 @@ def measure(
 ) -> dict[str, Any]:
     torch.set_num_threads(threads)
     int8 = shape.heads <= 4 * shape.kv_heads
-    sides: dict[str, Callable[[], Any]] = {
-        "read": reader.sweep,
-        "bfloat16": shape.probe("bfloat16", threads).run,
-        "sdpa": Sdpa(shape).run,
+    calls = max(1, min(40, (1 << 30) // shape.kv_bytes))
+    read = settled(reader.sweep)
+    sides = {
+        "bfloat16": repeated(shape.probe("bfloat16", threads).run, calls),
+        "sdpa": settled(Sdpa(shape).run),
     }
     if int8:
-        sides["int8"] = shape.probe("int8", threads).run
-    sides["fragmented"] = shape.probe("bfloat16", threads, fragmented=True).run
-    calls = max(1, min(40, (1 << 30) // shape.kv_bytes))
+        sides["int8"] = repeated(shape.probe("int8", threads).run, calls)
+    sides["fragmented"] = repeated(shape.probe("bfloat16", threads, fragmented=True).run, calls)
+    sweeps: list[list[float]] = []
+    took: dict[str, list[float]] = {name: [] for name in sides}
     with torch.inference_mode():
-        took = alternate(rounds, calls, sides)
-    seconds = {name: statistics.median(took[name]) for name in sides if name != "read"}
-    bandwidth = max(statistics.median(rates) for rates in zip(*took["read"], strict=True))
-    limit = bandwidth
+        for _ in range(rounds):
+            sweeps.append(read())
+            for name, run in sides.items():
+                took[name].append(run())
+    loops = list(zip(*sweeps, strict=True))
+    limits = max(loops, key=statistics.median)
     group = shape.heads // shape.kv_heads
     if group >= 8 and flops:
         # Each KV element takes part in two operations of every query head of its group.
-        limit = min(limit, flops / group)
-    rate = shape.kv_bytes / seconds["bfloat16"]
+        limits = tuple(min(limit, flops / group) for limit in limits)
+
+    def ratio(above: Iterable[float], below: Iterable[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+    def fraction(name: str) -> float:
+        return ratio((shape.kv_bytes / seconds for seconds in took[name]), limits)
+
     return {
         "geometry": f"{shape.heads}/{shape.kv_heads}/{shape.dim}",
         "context": shape.context,
         "batch": shape.batch,
         "threads": threads,
-        "kv_gbs": round(rate / 1e9, 2),
-        "limit_gbs": round(limit / 1e9, 2),
-        "fraction": round(rate / limit, 3),
-        "fragmented_fraction": round(shape.kv_bytes / seconds["fragmented"] / limit, 3),
-        "sdpa_speedup": round(seconds["sdpa"] / seconds["bfloat16"], 2),
-        "int8_speedup": round(seconds["bfloat16"] / seconds["int8"], 2) if int8 else None,
+        "kv_gbs": round(shape.kv_bytes / statistics.median(took["bfloat16"]) / 1e9, 2),
+        "limit_gbs": round(statistics.median(limits) / 1e9, 2),
+        "fraction": round(fraction("bfloat16"), 3),
+        "fragmented_fraction": round(fraction("fragmented"), 3),
+        "sdpa_speedup": round(ratio(took["sdpa"], took["bfloat16"]), 2),
+        "int8_speedup": round(ratio(took["bfloat16"], took["int8"]), 2) if int8 else None,
     }
 
 

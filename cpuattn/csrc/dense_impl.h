@@ -3,6 +3,7 @@
 // As in kernel_impl.h, no function of the standard library is used here.
 #include "dense_kernel.h"
 #include "simd.h"
+#include "fetch.h"
 
 namespace omniserve::OMNISERVE_KERNEL_ISA {
 namespace {
@@ -12,8 +13,13 @@ constexpr std::uint32_t kLineBytes = 64;
 constexpr std::uint32_t kStepBytes = 2 * kLineBytes;  // of a panel: two vectors of outputs
 // Steps of the inner loop's body: so that a row's address is worked out once for all of them.
 constexpr std::uint32_t kUnroll = 4;
-// How far ahead of a read memory is fetched, see kernel_impl.h.
-constexpr std::uint32_t kFetchAheadSteps = 8192 / kStepBytes;
+// What a product of some rows fetches ahead. Few wait for memory.
+constexpr std::uint32_t kFewRows = 5;
+template <bool kFew>
+using RowsFetch = FetchAhead<kFew, 8192>;
+constexpr std::uint32_t steps_ahead(std::uint32_t rows) {
+  return (rows <= kFewRows ? RowsFetch<true>::kBytes : RowsFetch<false>::kBytes) / kStepBytes;
+}
 // A part of a panel that stays in the first-level cache while several blocks of rows use it.
 constexpr std::uint32_t kPartSteps = 320;  // 40 KiB
 
@@ -117,7 +123,7 @@ __attribute__((noinline)) void multiply(const Part& part, const typename F::Elem
       const std::byte* from = step < part.turn ? part.from : part.from_behind;
 #pragma GCC unroll 8
       for (std::uint32_t i = 0; i < 2 * kUnroll; ++i)
-        __builtin_prefetch(from + std::size_t{step} * kStepBytes + i * kLineBytes, 0, 3);
+        RowsFetch<(R <= kFewRows)>::line(from + std::size_t{step} * kStepBytes + i * kLineBytes, i);
     } else if (part.fetch == Fetch::kNextPart) {
 #pragma GCC unroll 4
       for (std::uint32_t i = 0; i < kUnroll; ++i)
@@ -218,7 +224,7 @@ void gemm(const GemmUnit& u) {
   const std::byte* next = u.next != nullptr ? u.next : u.panel;
   if (blocks == 1) {
     // Memory sets the pace: fetch two lines for every two that are read, this far ahead.
-    const std::uint32_t ahead = steps < kFetchAheadSteps ? steps : kFetchAheadSteps;
+    const std::uint32_t ahead = steps < steps_ahead(u.rows) ? steps : steps_ahead(u.rows);
     const std::uint32_t turn = steps - ahead;
     const Part whole{u.panel, steps, true, Fetch::kAhead,
                      u.panel + std::size_t{ahead} * kStepBytes,

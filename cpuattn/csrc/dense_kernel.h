@@ -91,5 +91,6 @@ namespace kernel_base { extern const DenseKernelSet kDense; }
 namespace kernel_v3 { extern const DenseKernelSet kDense; }
 namespace kernel_v4 { extern const DenseKernelSet kDense; }
 namespace kernel_v4_dot { extern const DenseKernelSet kDense; }
+namespace kernel_zen4 { extern const DenseKernelSet kDense; }
 
 }  // namespace omniserve

@@ -42,7 +42,7 @@ bool is_zen4() { return __builtin_cpu_is("amdfam19h") && has_v4_dot(); }
 // The fastest first, where it is made for this CPU.
 constexpr Candidate kCandidates[] = {
 #if defined(__x86_64__)
-    {&kernel_zen4::kKernels, &kernel_v4_dot::kDense, has_v4_dot, is_zen4},
+    {&kernel_zen4::kKernels, &kernel_zen4::kDense, has_v4_dot, is_zen4},
     {&kernel_v4_dot::kKernels, &kernel_v4_dot::kDense, has_v4_dot},
     {&kernel_v4::kKernels, &kernel_v4::kDense, has_v4},
     {&kernel_v3::kKernels, &kernel_v3::kDense, has_v3},

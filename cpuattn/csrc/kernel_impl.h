@@ -8,6 +8,7 @@
 #include "kernel.h"
 #include "omniserve/shm/layout.h"
 #include "simd.h"
+#include "fetch.h"
 #include "kv_formats.h"
 #include "kernel_tiles.h"
 
@@ -207,7 +208,7 @@ __attribute__((noinline)) void visit(State<F>& s, int query, const AttendUnit& u
   alignas(64) std::uint32_t weights[N * F::kTerms * kRow];
   float steps[N];
   using Ahead = Fetch<F, N>;
-  const std::byte* fetch = Ahead::kPauseBegins
+  const std::byte* fetch = Ahead::kPauseAtOnce
                                ? blocks.at[0] + v_offset<F>(u)
                                : ahead_of<F, N>(blocks, ahead, 0, v_offset<F>(u), size);
   const bool plain = tokens == kTileTokens && s.first[query + N - 1] <= tile.start &&

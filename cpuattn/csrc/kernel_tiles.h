@@ -26,47 +26,31 @@ struct Tile {
   Blocks first_head;
 };
 
-// How memory is fetched ahead of its reading in passes of N queries, all of it measured: far enough
-// for its latency, and little enough to be still in the cache when its turn comes.
+// What a pass of N queries fetches ahead.
 template <typename F, int N>
-struct Fetch {
+struct Fetch : FetchAhead<(N <= (F::kScaled ? 3 : 4)), 6144> {
+  // Lines of V for each query, while scores become weights and nothing is read: from the next line
+  // on that is read, or from what kBytes ahead of it.
 #if defined(OMNISERVE_KERNEL_ZEN4)
-  // A core of Zen 4 waits for at most 24 lines that instructions asked for, which is 21 GB/s. Its own
-  // prefetchers get 32 GB/s as long as they see one stream without gaps. So where memory takes longer
-  // than arithmetic every other line is fetched, which keeps them going through pauses. Where it
-  // does not, they lose the stream: then every line is fetched.
-  static constexpr bool kWaitsForMemory = N <= (F::kScaled ? 3 : 4);
-  static constexpr bool kFirstLevel = false;
-  static constexpr int kEvery = kWaitsForMemory ? 2 : 1;
-  static constexpr std::size_t kAhead = kWaitsForMemory ? 6144 : 8192;
-  // Lines of V for each query, while scores become weights and nothing is read.
-  static constexpr bool kPauseBegins = true;  // with the next line that is read
+  static constexpr bool kPauseAtOnce = true;
   static constexpr int kPauseLines = !F::kScaled && N >= 3 ? 32 / N : 0;
 #else
-  static constexpr bool kFirstLevel = true;
-  static constexpr int kEvery = 1;
-  static constexpr std::size_t kAhead = 6144;
   // Formats of floats, which have one loop, do without: all that was tried made it slower.
-  static constexpr bool kPauseBegins = false;  // but kAhead later
+  static constexpr bool kPauseAtOnce = false;
   static constexpr int kPauseLines = !F::kScaled ? 0 : N >= 4 ? 14 : 4;
 #endif
-
-  // Fetches for the c-th of the lines that lie side by side.
-  static INLINE void line(const std::byte* p, int c) {
-    if (c % kEvery == 0) __builtin_prefetch(p, 0, kFirstLevel ? 3 : 2);
-  }
 };
 
 // A distance with which no run of lines steps across a block's end, for where the next one lies
 // elsewhere.
 constexpr std::size_t kFetchApart = 8192;
 
-// What comes kAhead later than `at` in the order of reading blocks of `size` bytes.
+// What comes kBytes later than `at` in the order of reading blocks of `size` bytes.
 template <typename F, int N>
 INLINE const std::byte* ahead_of(const Blocks& blocks, const Blocks& ahead, std::uint32_t page,
                                  std::size_t at, std::size_t size) {
   const bool follows = ahead.at[page] == blocks.at[page] + size;
-  const std::size_t to = at + (follows ? Fetch<F, N>::kAhead : kFetchApart);
+  const std::size_t to = at + (follows ? Fetch<F, N>::kBytes : kFetchApart);
   if (to < size) return blocks.at[page] + to;
   return ahead.at[page] + (to - size < size ? to - size : at);
 }
