@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -101,17 +102,21 @@ class ReadProbe {
 
   std::size_t bytes() const { return bytes_; }
 
-  // Bytes per second of one sweep with each loop.
+  // Bytes per second of one sweep with a loop.
+  double read(std::size_t loop) {
+    if (loop >= std::size(kLoops)) throw std::invalid_argument("no such loop");
+    std::atomic<float> sink{0};
+    const Stopwatch watch;
+    share([&](std::size_t at, std::size_t n) {
+      sink.store(kLoops[loop].sum(memory_ + at, n), std::memory_order_relaxed);
+    });
+    return static_cast<double>(bytes_) / watch.seconds();
+  }
+
+  // The same with each loop.
   std::vector<double> sweep() {
     std::vector<double> rates;
-    for (const Loop& loop : kLoops) {
-      std::atomic<float> sink{0};
-      const Stopwatch watch;
-      share([&](std::size_t at, std::size_t n) {
-        sink.store(loop.sum(memory_ + at, n), std::memory_order_relaxed);
-      });
-      rates.push_back(static_cast<double>(bytes_) / watch.seconds());
-    }
+    for (std::size_t loop = 0; loop < std::size(kLoops); ++loop) rates.push_back(read(loop));
     return rates;
   }
 
@@ -188,6 +193,7 @@ void bind_bandwidth(nb::module_& m) {
   nb::class_<ReadProbe>(m, "ReadProbe")
       .def(nb::init<std::size_t, unsigned>(), "bytes"_a, "threads"_a)
       .def_prop_ro("bytes", &ReadProbe::bytes)
+      .def("read", &ReadProbe::read, "loop"_a, nb::call_guard<nb::gil_scoped_release>())
       .def("sweep", &ReadProbe::sweep, nb::call_guard<nb::gil_scoped_release>());
 }
 
