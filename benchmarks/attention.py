@@ -160,10 +160,7 @@ def measure(
     group = shape.heads // shape.kv_heads
     # Each KV element takes part in two operations of every query head of its group.
     peak = flops / group if group >= 8 and flops else math.inf
-    limits = [
-        min(peak, statistics.mean(reads))
-        for reads in zip(took["read"], took["read_again"], strict=True)
-    ]
+    limits = [min(peak, max(reads)) for reads in zip(took["read"], took["read_again"], strict=True)]
 
     def ratio(above: Iterable[float], below: Iterable[float]) -> float:
         return statistics.median(a / b for a, b in zip(above, below, strict=True))

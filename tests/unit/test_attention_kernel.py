@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +215,14 @@ def test_attention_equals_the_double_precision_reference(case: Case) -> None:
         np.testing.assert_allclose(
             out[at].reshape(expected.shape), expected, rtol=tolerance, atol=tolerance
         )
+
+
+def test_kernels_made_for_another_cpu_come_last() -> None:
+    cpu = Path("/proc/cpuinfo").read_text()
+    zen4 = re.search(r"^cpu family\s*: 25$", cpu, re.M) and "avx512_bf16" in cpu
+    names = kernel_names()
+    if "znver4" in names:
+        assert names.index("znver4") == (0 if zen4 else len(names) - 1)
 
 
 @given(CASES)
