@@ -30,8 +30,14 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from omniserve.attnkernel import kernel_name
-from omniserve.attnkernel._bench import AttentionProbe, ReadProbe, bf16_flops
+from omniserve.attnkernel import kernel_names
+from omniserve.attnkernel._bench import (
+    AttentionProbe,
+    ReadProbe,
+    bf16_flops,
+    kernel_name,
+    use_kernel,
+)
 
 Result = TypeVar("Result")
 
@@ -184,6 +190,8 @@ def measure(
 
 def main() -> int:
     options = _options()
+    if options.kernel:
+        use_kernel(options.kernel)
     cores = len(os.sched_getaffinity(0))
     cases = []
     for threads in sorted({1, cores}):
@@ -222,6 +230,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--memory-gib", type=int, default=16, help="leave out cases that need more (default 16)"
     )
+    parser.add_argument("--kernel", choices=kernel_names(), help="(default: the fastest)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
     return parser.parse_args()
 
