@@ -5,6 +5,12 @@
 namespace omniserve::OMNISERVE_KERNEL_ISA {
 namespace {
 
+#if defined(OMNISERVE_KERNEL_ZEN4)
+constexpr int kFetchLocality = 2;  // the second-level cache
+#else
+constexpr int kFetchLocality = 3;  // the first-level cache
+#endif
+
 // kWaitsForMemory: the loop's arithmetic takes less time than its reading. kUsual: bytes ahead.
 template <bool kWaitsForMemory, std::size_t kUsual>
 struct FetchAhead {
@@ -13,18 +19,16 @@ struct FetchAhead {
   // prefetchers get 32 GB/s as long as they see one stream without gaps. So a loop that waits for
   // memory fetches every other line, which keeps them going through pauses. Where arithmetic takes
   // longer they lose the stream: then every line is fetched.
-  static constexpr int kLocality = 2;
   static constexpr int kEvery = kWaitsForMemory ? 2 : 1;
   static constexpr std::size_t kBytes = kWaitsForMemory ? 6144 : 8192;
 #else
-  static constexpr int kLocality = 3;
   static constexpr int kEvery = 1;
   static constexpr std::size_t kBytes = kUsual;
 #endif
 
   // Fetches for the i-th of some lines in a row.
   static INLINE void line(const std::byte* p, int i) {
-    if (i % kEvery == 0) __builtin_prefetch(p, 0, kLocality);
+    if (i % kEvery == 0) __builtin_prefetch(p, 0, kFetchLocality);
   }
 };
 

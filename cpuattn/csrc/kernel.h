@@ -68,6 +68,7 @@ struct Kernels {
   using Merge = void (*)(const AttendUnit& unit, const float* partials, std::uint32_t count);
 
   const char* name;
+  bool fetch_into_second_level;  // what is fetched ahead belongs there, not into the first level
   Attend float32;
   Attend bfloat16;
   Attend float16;

@@ -366,7 +366,8 @@ void merge(const AttendUnit& u, const float* partials, std::uint32_t count) {
 
 }  // namespace
 
-const Kernels kKernels = {OMNISERVE_KERNEL_NAME,  attend<Float32Format>, attend<Bfloat16Format>,
-                          attend<Float16Format>, attend<Int8Format>,    merge};
+const Kernels kKernels = {
+    OMNISERVE_KERNEL_NAME, kFetchLocality == 2,  attend<Float32Format>, attend<Bfloat16Format>,
+    attend<Float16Format>, attend<Int8Format>,   merge};
 
 }  // namespace omniserve::OMNISERVE_KERNEL_ISA

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "floats.h"
+#include "kernel.h"
 
 namespace omniserve {
 namespace {
@@ -62,7 +63,8 @@ class Ahead {
     step_ += steps;
     for (const std::size_t target = lines_ * step_ / steps_; fetched_ < target; ++fetched_) {
       while (left_ == 0) next();  // a row may be shorter than a line
-      __builtin_prefetch(at_);
+      if (second_level_) __builtin_prefetch(at_, 0, 2);
+      else __builtin_prefetch(at_);
       at_ += kLine;
       --left_;
     }
@@ -87,6 +89,7 @@ class Ahead {
 
   const KvToken* token_;
   const KvToken* end_;
+  const bool second_level_ = kernels().fetch_into_second_level;
   bool in_v_ = false;
   const std::byte* page_ = nullptr;
   const std::byte* at_ = nullptr;
