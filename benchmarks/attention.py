@@ -10,7 +10,8 @@ For each geometry, context, batch and number of threads it alternates calls of t
 the bfloat16 peak lets through if that is less. A fraction over 1.02 fails the run: then the loops
 are too weak. `int8_speedup` is tokens per second with int8 KV over bfloat16. Every ratio is the
 median of those of single rounds, for a host may give half as much memory bandwidth from one second
-to the next; the best loop is found before, and reads right before and after the kernel.
+to the next; the best loop is found before, and reads right before and after the kernel. The faster
+of the two reads is the limit.
 """
 
 from __future__ import annotations
@@ -158,33 +159,35 @@ def measure(
     if int8:
         sides["int8"] = repeated(shape.probe("int8", threads).run, calls)
     sides["fragmented"] = repeated(shape.probe("bfloat16", threads, fragmented=True).run, calls)
-    took: dict[str, list[float]] = {name: [] for name in sides}
+    results: dict[str, list[float]] = {name: [] for name in sides}
     with torch.inference_mode():
         for _ in range(rounds):
             for name, run in sides.items():
-                took[name].append(run())
+                results[name].append(run())
     group = shape.heads // shape.kv_heads
     # Each KV element takes part in two operations of every query head of its group.
     peak = flops / group if group >= 8 and flops else math.inf
-    limits = [min(peak, max(reads)) for reads in zip(took["read"], took["read_again"], strict=True)]
+    limits = [
+        min(peak, max(reads)) for reads in zip(results["read"], results["read_again"], strict=True)
+    ]
 
     def ratio(above: Iterable[float], below: Iterable[float]) -> float:
         return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
     def fraction(name: str) -> float:
-        return ratio((shape.kv_bytes / seconds for seconds in took[name]), limits)
+        return ratio((shape.kv_bytes / seconds for seconds in results[name]), limits)
 
     return {
         "geometry": f"{shape.heads}/{shape.kv_heads}/{shape.dim}",
         "context": shape.context,
         "batch": shape.batch,
         "threads": threads,
-        "kv_gbs": round(shape.kv_bytes / statistics.median(took["bfloat16"]) / 1e9, 2),
+        "kv_gbs": round(shape.kv_bytes / statistics.median(results["bfloat16"]) / 1e9, 2),
         "limit_gbs": round(statistics.median(limits) / 1e9, 2),
         "fraction": round(fraction("bfloat16"), 3),
         "fragmented_fraction": round(fraction("fragmented"), 3),
-        "sdpa_speedup": round(ratio(took["sdpa"], took["bfloat16"]), 2),
-        "int8_speedup": round(ratio(took["bfloat16"], took["int8"]), 2) if int8 else None,
+        "sdpa_speedup": round(ratio(results["sdpa"], results["bfloat16"]), 2),
+        "int8_speedup": round(ratio(results["bfloat16"], results["int8"]), 2) if int8 else None,
     }
 
 

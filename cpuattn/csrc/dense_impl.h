@@ -13,7 +13,7 @@ constexpr std::uint32_t kLineBytes = 64;
 constexpr std::uint32_t kStepBytes = 2 * kLineBytes;  // of a panel: two vectors of outputs
 // Steps of the inner loop's body: so that a row's address is worked out once for all of them.
 constexpr std::uint32_t kUnroll = 4;
-// What a product of some rows fetches ahead. Few wait for memory.
+// What a product of some rows fetches ahead: few rows wait for memory.
 constexpr std::uint32_t kFewRows = 5;
 template <bool kFew>
 using RowsFetch = FetchAhead<kFew, 8192>;
@@ -223,7 +223,7 @@ void gemm(const GemmUnit& u) {
   const std::uint32_t blocks = (u.rows + F::kRows - 1) / F::kRows;
   const std::byte* next = u.next != nullptr ? u.next : u.panel;
   if (blocks == 1) {
-    // Memory sets the pace: fetch two lines for every two that are read, this far ahead.
+    // One pass over the panel: while a line is read, fetch the one this far ahead.
     const std::uint32_t ahead = steps < steps_ahead(u.rows) ? steps : steps_ahead(u.rows);
     const std::uint32_t turn = steps - ahead;
     const Part whole{u.panel, steps, true, Fetch::kAhead,

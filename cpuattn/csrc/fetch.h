@@ -26,7 +26,8 @@ struct FetchAhead {
   static constexpr std::size_t kBytes = kUsual;
 #endif
 
-  // Fetches for the i-th of some lines in a row.
+  // Fetches for the i-th of the lines that a loop reads in one step. Where that is one line, and with
+  // float16, two of whose lines are one of the cache, every line is fetched.
   static INLINE void line(const std::byte* p, int i) {
     if (i % kEvery == 0) __builtin_prefetch(p, 0, kFetchLocality);
   }

@@ -41,8 +41,8 @@ struct Fetch : FetchAhead<(N <= (F::kScaled ? 3 : 4)), 6144> {
 #endif
 };
 
-// A distance with which no run of lines steps across a block's end, for where the next one lies
-// elsewhere.
+// The distance where the next block lies elsewhere: with it no run of lines steps across a block's
+// end, but for int8 heads of 64.
 constexpr std::size_t kFetchApart = 8192;
 
 // What comes kBytes later than `at` in the order of reading blocks of `size` bytes.

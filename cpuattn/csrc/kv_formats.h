@@ -169,7 +169,7 @@ struct Int8Format {
     Vec top = Vec{};
     for (std::uint32_t d = 0; d < dim; d += kLanes) top = vmax(top, vmax(load(q + d), -load(q + d)));
     const float largest = horizontal_max(top);
-    *step = largest > kTiny ? largest / kQueryLargest : 1;
+    *step = largest <= kTiny ? 1 : largest / kQueryLargest;  // of NaN: NaN
     const float inverse = largest > kTiny ? kQueryLargest / largest : 0;
     std::int32_t high_sum = 0, low_sum = 0;
     std::int8_t* high = reinterpret_cast<std::int8_t*>(to);

@@ -246,7 +246,8 @@ void move_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
   if (kIn && head.offset % kGroup == 0 && head.n == group)
     return stream_head<T, P, Word>(head, g, k, v);
   move_k<Word, kIn>(head.block, g.head_dim / P, g.page_tokens, head.offset, head.n, k, head.ahead);
-  move_v<T, P, kIn>(head.block + shm::v_offset(g), g.head_dim, g.page_tokens, head.offset, head.n, v, head.ahead);
+  std::byte* v_block = head.block + shm::v_offset(g);
+  move_v<T, P, kIn>(v_block, g.head_dim, g.page_tokens, head.offset, head.n, v, head.ahead);
 }
 
 // The step between two int8 values: 127 of them reach the row's largest magnitude. 0 for a row of

@@ -133,7 +133,8 @@ INLINE Vec exp2_near_zero(Vec r) {
   return p * r + 1.0f;
 }
 
-// 2^x for x <= 0, within 4 ulp; exactly 1 at 0 and exactly 0 below -126 (so also at -inf).
+// 2^x, within 4 ulp, for x <= 0, or above by what the rounding of a logit leaves; exactly 1 at 0 and
+// exactly 0 below -126 (so also at -inf).
 INLINE Vec exp2_negative(Vec x) {
   constexpr float kLeast = -126.0f;
 #if defined(__AVX512F__)

@@ -12,6 +12,12 @@ from omniserve.attnkernel import Geometry
 def read_loops() -> list[str]:
     """Names of the read loops, in the order of `ReadProbe.sweep`."""
 
+def kernel_name() -> str:
+    """Instruction set of the kernels that this module times; it has its own, apart from _core's."""
+
+def use_kernel(name: str) -> None:
+    """Replaces them. ValueError names those that run on this CPU."""
+
 def bf16_flops(threads: int) -> float:
     """Floating-point operations per second of bfloat16 dot products that stay in registers.
 
@@ -24,6 +30,8 @@ class ReadProbe:
     def __init__(self, bytes: int, threads: int) -> None: ...
     @property
     def bytes(self) -> int: ...
+    def read(self, loop: int) -> float:
+        """Bytes per second of one run of the loop with this index. ValueError: there is none."""
     def sweep(self) -> list[float]:
         """Bytes per second of one run of each loop."""
 

@@ -71,7 +71,7 @@ def kernel_name() -> str:
     """Instruction set of the kernel in use; the fastest that this CPU runs unless replaced."""
 
 def kernel_names() -> list[str]:
-    """Those that run on this CPU, the fastest first."""
+    """Those that run on this CPU, the fastest first; last, what is made for another CPU."""
 
 def use_kernel(name: str) -> None:
     """Replaces the kernels in this process. ValueError names those that run on this CPU."""
