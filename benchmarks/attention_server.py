@@ -1,9 +1,9 @@
 """How much of the bare kernel's speed an attention server keeps.
 
 A server process with one thread on one core is fed through its rings from another core; the bare
-kernel (`PagedKv.attend`, one thread) runs the same shapes on the server's core while the server
-sleeps. Turns of both alternate. Each call reads other KV than the one before, and all KV together
-is far more than the caches hold.
+kernel, with one thread of this process on the server's core, attends the same rows where they lie
+in the server's arena while the server sleeps. Turns of both alternate. Each call reads other KV
+than the one before, and all KV together is far more than the caches hold.
 
     python benchmarks/attention_server.py --json
 
@@ -15,7 +15,6 @@ over the second) and `fraction_of_kernel`, the least fraction.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import re
@@ -38,9 +37,9 @@ from omniserve.attnkernel import (
     KIND_ATTEND,
     KIND_CHECKPOINT,
     STATUS_OK,
-    PagedKv,
     WorkerLink,
 )
+from omniserve.attnkernel._bench import ArenaProbe
 from omniserve.shm import layout
 
 COHORTS = 4
@@ -48,7 +47,7 @@ COHORTS = 4
 a cohort per stage, that is, many more."""
 POLL_S = 50e-6
 KV_BYTES = 256 << 20
-"""Of each side. Layers are what tells one call's KV from the next one's."""
+"""Layers are what tells one call's KV from the next one's."""
 
 
 @dataclass(frozen=True)
@@ -105,20 +104,17 @@ def _options() -> argparse.Namespace:
 
 def _measure(case: Case, cores: list[int], rounds: int, turn_ms: int) -> dict[str, Any]:
     worker_core, server_core = cores
-    _allow_huge_pages(True)
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="omniserve-bench-") as folder:
         os.sched_setaffinity(0, {server_core})  # inherited by the server, which pins itself to it
         server = FedServer(Path(folder), case)
         os.sched_setaffinity(0, cores)
         try:
-            _allow_huge_pages(server.huge_bytes > 0)
-            kernel = BareKernel(case)
             gbs: dict[str, list[float]] = {"server": [], "kernel": []}
             for _ in range(rounds):
                 os.sched_setaffinity(0, {worker_core})
-                gbs["server"].append(server.turn(turn_ms))
+                gbs["server"].append(server.server_turn(turn_ms))
                 os.sched_setaffinity(0, {server_core})
-                gbs["kernel"].append(kernel.turn(turn_ms))
+                gbs["kernel"].append(server.kernel_turn(turn_ms))
         finally:
             os.sched_setaffinity(0, cores)
             server.close()
@@ -134,48 +130,6 @@ def _measure(case: Case, cores: list[int], rounds: int, turn_ms: int) -> dict[st
     }
     print(result, file=sys.stderr)
     return result
-
-
-def _allow_huge_pages(allowed: bool) -> None:
-    """The kernel's pool gets the kind of pages that the arena got from tmpfs, so that the ratio is
-    about the server and not about the host's settings."""
-    pr_set_thp_disable = 41
-    ctypes.CDLL(None).prctl(pr_set_thp_disable, int(not allowed), 0, 0, 0)
-
-
-class BareKernel:
-    """The kernel in this process, on a pool of its own."""
-
-    def __init__(self, case: Case) -> None:
-        pages_each = case.context // 64
-        pages = pages_each * case.batch
-        self.case = case
-        self.pool = PagedKv(
-            case.layers, case.kv_heads, case.head_dim, 64, pages, dtype="bfloat16", threads=1
-        )
-        self.tables = np.arange(pages, dtype=np.int32).reshape(case.batch, pages_each)
-        self.rows = np.arange(case.batch, dtype=np.int32)
-        self.ones = np.ones(case.batch, np.int32)
-        self.last = np.full(case.batch, case.context - 1, np.int32)
-        self.q = _random_rows(case.batch, case.heads * case.head_dim)
-        self.out = np.zeros_like(self.q)
-        kv = _random_rows(pages * 64, case.kv_heads * case.head_dim)
-        places = np.arange(pages * 64, dtype=np.int32)
-        for layer in range(case.layers):
-            self.pool.append(layer, kv, kv, places // 64, places % 64)
-        self.layer = 0
-
-    def turn(self, turn_ms: int) -> float:
-        """KV read in 1e9 bytes per second."""
-        calls = 0
-        begin = time.perf_counter()
-        while (elapsed := time.perf_counter() - begin) < turn_ms / 1e3 or calls == 0:
-            self.pool.attend(
-                self.layer, self.q, self.out, self.tables, self.rows, self.ones, self.last
-            )
-            self.layer = (self.layer + 1) % self.case.layers
-            calls += 1
-        return calls * self.case.call_bytes / elapsed / 1e9
 
 
 class FedServer:
@@ -201,7 +155,9 @@ class FedServer:
         said = re.search(r"(\d+) of them in huge pages", self.process.log.read_text())
         self.huge_bytes = int(said[1]) if said else 0
         try:
-            self.link = WorkerLink(self.process.attach(geometry).segment_path)
+            segment = self.process.attach(geometry).segment_path
+            self.link = WorkerLink(segment)
+            self.kernel = ArenaProbe(segment, threads=1)
             self.layer = 0
             self._fill(geometry.slots)
         except BaseException:
@@ -227,8 +183,17 @@ class FedServer:
             )
             self._wait(len(layer))
 
-    def turn(self, turn_ms: int) -> float:
-        """KV read in 1e9 bytes per second; begins with an idle server and ends with one."""
+    def kernel_turn(self, turn_ms: int) -> float:
+        """KV that the bare kernel reads in 1e9 bytes per second."""
+        calls = 0
+        begin = time.perf_counter()
+        while (elapsed := time.perf_counter() - begin) < turn_ms / 1e3 or calls == 0:
+            self.kernel.run(self._next_layer())
+            calls += 1
+        return calls * self.case.call_bytes / elapsed / 1e9
+
+    def server_turn(self, turn_ms: int) -> float:
+        """KV that the server reads, likewise; begins with an idle server and ends with one."""
         waiting = [0] * COHORTS
         calls = 0
         begin = time.perf_counter()
@@ -248,11 +213,14 @@ class FedServer:
         """One row per sequence in the next layer: its last token, again and again."""
         case = self.case
         rows = np.arange(case.batch, dtype=np.int32)
-        layers = np.full(case.batch, self.layer, np.int32)
-        self.layer = (self.layer + 1) % case.layers
+        layers = np.full(case.batch, self._next_layer(), np.int32)
         positions = np.full(case.batch, case.context - 1, np.int32)
         self.link.submit(KIND_ATTEND, layers, rows, positions, cohort * case.batch + rows)
         return case.batch
+
+    def _next_layer(self) -> int:
+        self.layer = (self.layer + 1) % self.case.layers
+        return self.layer
 
     def _take(self) -> list[int]:
         """Slots of answers, at least one. Looks for them every now and then, as a worker between

@@ -11,9 +11,11 @@
 #include <string>
 #include <vector>
 
+#include "attend.h"
 #include "floats.h"
 #include "paged_kv.h"
 #include "probes.h"
+#include "segment.h"
 
 namespace omniserve {
 namespace {
@@ -111,6 +113,48 @@ class AttentionProbe {
   std::uint32_t set_ = 0;
 };
 
+// A server's arena, mapped by this process too: attends what the server attends, where it lies, while
+// the server does nothing.
+class ArenaProbe {
+ public:
+  ArenaProbe(const std::string& path, unsigned threads)
+      : mapping_(path), pool_(threads, {}, kSpinUs) {
+    const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping_.data());
+    if (!shm::fits(header.geometry, mapping_.size()))
+      throw std::invalid_argument(path + ": not an arena");
+    segment_ = SegmentView(mapping_.data(), header.geometry);
+    pages_ = KvPages(segment_.kv(), header.geometry);
+  }
+
+  // Seconds of attention of one row of every sequence, its last token's, over what `layer` has.
+  double run(std::uint32_t layer) {
+    const shm::Geometry& g = segment_.geometry();
+    if (layer >= g.layers) throw std::out_of_range("layer " + std::to_string(layer));
+    const RowParts parts(g);
+    const std::size_t elem = shm::dtype_bytes(g.dtype);
+    out_.resize(g.max_sequences * g.heads * g.head_dim * elem);
+    rows_.clear();
+    for (std::uint32_t s = 0; s < g.max_sequences; ++s) {
+      const std::uint32_t tokens = segment_.written_len(s)[layer].load(std::memory_order_acquire);
+      if (tokens == 0) continue;
+      rows_.push_back({segment_.page_table(s), segment_.slab_row(s) + parts.q * elem,
+                       out_.data() + s * g.heads * g.head_dim * elem, 0, 0, 1, tokens - 1});
+    }
+    const Stopwatch watch;
+    attention_.run(pages_, layer, g.heads, rows_, {}, pool_);
+    return watch.seconds();
+  }
+
+ private:
+  Mapping mapping_;
+  ThreadPool pool_;
+  SegmentView segment_;
+  KvPages pages_;
+  Attention attention_;
+  std::vector<Segment> rows_;
+  std::vector<std::byte> out_;
+};
+
 }  // namespace
 
 void bind_attention(nb::module_& m) {
@@ -125,6 +169,9 @@ void bind_attention(nb::module_& m) {
            "fragmented"_a = false)
       .def_prop_ro("kv_bytes", &AttentionProbe::kv_bytes)
       .def("run", &AttentionProbe::run, Release());
+  nb::class_<ArenaProbe>(m, "ArenaProbe")
+      .def(nb::init<const std::string&, unsigned>(), "path"_a, "threads"_a)
+      .def("run", &ArenaProbe::run, "layer"_a, Release());
 }
 
 }  // namespace omniserve

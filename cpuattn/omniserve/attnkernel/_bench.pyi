@@ -71,6 +71,13 @@ class AttentionProbe:
     def run(self) -> float:
         """Seconds of one call."""
 
+class ArenaProbe:
+    """The kernel on a server's arena in this process, while the server has nothing to do."""
+
+    def __init__(self, path: str, threads: int) -> None: ...
+    def run(self, layer: int) -> float:
+        """Seconds of one row of every sequence over what it has in `layer`."""
+
 class TransferProbe:
     """A worker's end and a server's executor in one process; each call returns seconds.
 
