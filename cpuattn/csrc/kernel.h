@@ -67,6 +67,13 @@ struct Kernels {
   // since sums must not depend on where a sequence was cut.
   using Merge = void (*)(const AttendUnit& unit, const float* partials, std::uint32_t count);
 
+  // What int8 KV makes of one head's row [dim] of `dtype`: values[i] = round(row[i] / step) ^ flip.
+  // Returns the step: 127 of them are the row's largest magnitude.
+  using Quantise = float (*)(const void* row, std::uint32_t dtype, std::uint32_t dim,
+                             std::uint8_t flip, std::uint8_t* values);
+  using Dequantise = void (*)(const std::uint8_t* values, float step, std::uint8_t flip,
+                              std::uint32_t dtype, std::uint32_t dim, void* row);
+
   const char* name;
   bool fetch_into_second_level;  // what is fetched ahead belongs there, not into the first level
   Attend float32;
@@ -74,6 +81,8 @@ struct Kernels {
   Attend float16;
   Attend int8;
   Merge merge;
+  Quantise quantise;
+  Dequantise dequantise;
 
   Attend attend(std::uint32_t kv_dtype) const;
 };

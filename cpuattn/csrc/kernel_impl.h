@@ -42,6 +42,7 @@ struct State {
 }  // namespace
 }  // namespace omniserve::OMNISERVE_KERNEL_ISA
 
+#include "kernel_rows.h"
 #include "kernel_multiply.h"
 #include "kernel_scaled.h"
 #include "kernel_soften.h"
@@ -178,18 +179,6 @@ INLINE int visit_some(State<F>& s, int query, int left, const AttendUnit& u, con
     if (left < N) return visit_some<F, kFetch, N - 1>(s, query, left, u, tile, blocks, ahead);
   visit<F, N, kFetch>(s, query, u, tile, blocks, ahead);
   return N;
-}
-
-INLINE Vec load_row(const void* row, std::size_t at, std::uint32_t dtype) {
-  if (dtype == shm::kFloat32) return load(static_cast<const float*>(row) + at);
-  const HalfVec half = load_as<HalfVec>(static_cast<const std::uint16_t*>(row) + at);
-  return dtype == shm::kBfloat16 ? widen_bf16(half) : widen_f16(half);
-}
-
-INLINE void store_row(void* row, std::size_t at, std::uint32_t dtype, Vec v) {
-  if (dtype == shm::kFloat32) return store(static_cast<float*>(row) + at, v);
-  const HalfVec half = dtype == shm::kBfloat16 ? narrow_bf16(v) : narrow_f16(v);
-  std::memcpy(static_cast<std::uint16_t*>(row) + at, &half, sizeof half);
 }
 
 // Joins one more chunk of a query (out, max, sum) with those before it.
@@ -368,6 +357,7 @@ void merge(const AttendUnit& u, const float* partials, std::uint32_t count) {
 
 const Kernels kKernels = {
     OMNISERVE_KERNEL_NAME, kFetchLocality == 2,  attend<Float32Format>, attend<Bfloat16Format>,
-    attend<Float16Format>, attend<Int8Format>,   merge};
+    attend<Float16Format>, attend<Int8Format>,   merge,                  quantise,
+    dequantise};
 
 }  // namespace omniserve::OMNISERVE_KERNEL_ISA

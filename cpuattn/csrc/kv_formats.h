@@ -197,16 +197,14 @@ struct Int8Format {
     }
     const float largest = horizontal_max(top);
     const float inverse = largest > kTiny ? kWeightLargest / largest : 0;
-    typedef std::uint8_t ByteVec __attribute__((vector_size(kLanes)));
     auto* high = reinterpret_cast<std::byte*>(to);
     auto* low = reinterpret_cast<std::byte*>(to + kTileTokens / kPacking);
     for (int i = 0; i < vectors; ++i) {
-      const UintVec value = __builtin_convertvector(
-          __builtin_convertvector(scaled[i] * inverse + 0.5f, IntVec), UintVec);
-      const ByteVec high_bytes = __builtin_convertvector(value >> 8, ByteVec);
-      const ByteVec low_bytes = __builtin_convertvector(value & 255, ByteVec);
-      std::memcpy(high + i * kLanes, &high_bytes, kLanes);
-      std::memcpy(low + i * kLanes, &low_bytes, kLanes);
+      const UintVec value =
+          as<UintVec>(__builtin_convertvector(scaled[i] * inverse + 0.5f, IntVec));
+      const ByteVec parts[2] = {low_bytes(value >> 8), low_bytes(value)};
+      std::memcpy(high + i * kLanes, &parts[0], kLanes);
+      std::memcpy(low + i * kLanes, &parts[1], kLanes);
     }
     return largest / kWeightLargest;
   }

@@ -7,9 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <limits>
 
-#include "floats.h"
 #include "kernel.h"
 
 namespace omniserve {
@@ -250,97 +248,52 @@ void move_head(const Head& head, const shm::Geometry& g, Rows& k, Rows& v) {
   move_v<T, P, kIn>(v_block, g.head_dim, g.page_tokens, head.offset, head.n, v, head.ahead);
 }
 
-// The step between two int8 values: 127 of them reach the row's largest magnitude. 0 for a row of
-// (nearly) nothing. Magnitudes are compared as integers, which order as floats do.
-template <typename T>
-float step_of(const T* row, std::size_t dim) {
-  std::int32_t largest = 0;
-  for (std::size_t d = 0; d < dim; ++d)
-    largest = std::max(largest,
-                       static_cast<std::int32_t>(float_to_bits(to_float(row[d])) & 0x7FFFFFFF));
-  const float step = bits_to_float(static_cast<std::uint32_t>(largest)) / 127.0f;
-  return step < std::numeric_limits<float>::min() ? 0.0f : step;
-}
-
-// Returns the step. Adding 1.5 * 2^23 leaves the nearest integer in the low bits of the sum.
-template <typename T>
-float quantise(const T* row, std::size_t dim, std::uint8_t bias, std::uint8_t* out) {
-  const float step = step_of(row, dim);
-  const float divisor = step == 0 ? std::numeric_limits<float>::max() : step;
-  for (std::size_t d = 0; d < dim; ++d)
-    out[d] = static_cast<std::uint8_t>(float_to_bits(to_float(row[d]) / divisor + 0x1.8p23f) + bias);
-  return step;
-}
-
-// int8 values of some tokens' heads. K is kept plus 128, as the dot product wants it.
+// int8 values of some tokens' heads.
 struct Int8Rows {
   std::uint8_t values[kRunTokens][kMaxDim];
   std::byte* operator[](std::size_t i) { return reinterpret_cast<std::byte*>(values[i]); }
 };
+// K is kept plus 128, as the dot product wants it.
+constexpr std::uint8_t kFlipK = 0x80, kFlipV = 0;
 
-// [K scales][V scales] of an int8 block.
-float* scales_of(std::byte* block, const shm::Geometry& g) {
-  return reinterpret_cast<float*>(block + shm::scales_offset(g));
-}
-
-template <typename T>
-void put_int8(const Head& head, const shm::Geometry& g, HeadRows& k, HeadRows& v) {
-  Int8Rows k_values, v_values;
-  float* scales = scales_of(head.block, g) + head.offset;
-  for (std::size_t i = 0; i < head.n; ++i) {
-    scales[i] = quantise(reinterpret_cast<const T*>(k[i]), g.head_dim, 128, k_values.values[i]);
-    scales[g.page_tokens + i] =
-        quantise(reinterpret_cast<const T*>(v[i]), g.head_dim, 0, v_values.values[i]);
-  }
-  move_head<std::uint8_t, 4, std::uint32_t, true>(head, g, k_values, v_values);
-}
-
-template <typename T>
-void get_int8(const Head& head, const shm::Geometry& g, HeadRows& k, HeadRows& v) {
-  Int8Rows k_values, v_values;
-  move_head<std::uint8_t, 4, std::uint32_t, false>(head, g, k_values, v_values);
-  const float* scales = scales_of(head.block, g) + head.offset;
-  for (std::size_t i = 0; i < head.n; ++i) {
-    T* k_row = reinterpret_cast<T*>(k[i]);
-    T* v_row = reinterpret_cast<T*>(v[i]);
-    for (std::size_t d = 0; d < g.head_dim; ++d) {
-      from_float(scales[i] * static_cast<float>(k_values.values[i][d] - 128), k_row[d]);
-      const auto v_value = static_cast<std::int8_t>(v_values.values[i][d]);
-      from_float(scales[g.page_tokens + i] * static_cast<float>(v_value), v_row[d]);
-    }
-  }
-}
-
-template <bool kIn, typename T>
+// K and V of a head as int8, with a step for each row: see Kernels::quantise.
+template <bool kIn>
 void move_int8(const Head& head, const shm::Geometry& g, HeadRows& k, HeadRows& v) {
-  if constexpr (kIn) put_int8<T>(head, g, k, v);
-  else get_int8<T>(head, g, k, v);
+  const Kernels& kernel = kernels();
+  Int8Rows k_values, v_values;
+  // [K scales][V scales] of the block.
+  float* k_scales = reinterpret_cast<float*>(head.block + shm::scales_offset(g)) + head.offset;
+  float* v_scales = k_scales + g.page_tokens;
+  if constexpr (kIn)
+    for (std::size_t i = 0; i < head.n; ++i) {
+      k_scales[i] = kernel.quantise(k[i], g.dtype, g.head_dim, kFlipK, k_values.values[i]);
+      v_scales[i] = kernel.quantise(v[i], g.dtype, g.head_dim, kFlipV, v_values.values[i]);
+    }
+  move_head<std::uint8_t, 4, std::uint32_t, kIn>(head, g, k_values, v_values);
+  if constexpr (!kIn)
+    for (std::size_t i = 0; i < head.n; ++i) {
+      kernel.dequantise(k_values.values[i], k_scales[i], kFlipK, g.dtype, g.head_dim, k[i]);
+      kernel.dequantise(v_values.values[i], v_scales[i], kFlipV, g.dtype, g.head_dim, v[i]);
+    }
 }
 
 template <bool kIn>
 void move_run(const KvPages& pages, const KvToken* run, std::size_t n, const KvToken* next,
               std::size_t next_n) {
   const shm::Geometry& g = pages.geometry();
-  const bool int8 = g.kv_dtype == shm::kInt8;
   const std::size_t row_bytes = std::size_t{g.head_dim} * shm::dtype_bytes(g.dtype);
   Ahead ahead(pages, next, next_n, !kIn, 2 * n * g.kv_heads);
   for (std::uint32_t h = 0; h < g.kv_heads; ++h) {
     Head head{pages.block(run->layer, run->page, h), run->offset, n, ahead};
     HeadRows k{run, &KvToken::k, h * row_bytes}, v{run, &KvToken::v, h * row_bytes};
-    switch (g.dtype) {
-      case shm::kBfloat16:
-        if (int8) move_int8<kIn, Bf16>(head, g, k, v);
-        else move_head<std::uint16_t, 2, std::uint32_t, kIn>(head, g, k, v);
-        break;
-      case shm::kFloat16:
-        if (int8) move_int8<kIn, F16>(head, g, k, v);
-        else move_head<std::uint16_t, 1, std::uint16_t, kIn>(head, g, k, v);
-        break;
-      default:
-        if (int8) move_int8<kIn, float>(head, g, k, v);
-        else move_head<std::uint32_t, 1, std::uint32_t, kIn>(head, g, k, v);
-        break;
-    }
+    if (g.kv_dtype == shm::kInt8)
+      move_int8<kIn>(head, g, k, v);
+    else if (g.dtype == shm::kBfloat16)
+      move_head<std::uint16_t, 2, std::uint32_t, kIn>(head, g, k, v);
+    else if (g.dtype == shm::kFloat16)
+      move_head<std::uint16_t, 1, std::uint16_t, kIn>(head, g, k, v);
+    else
+      move_head<std::uint32_t, 1, std::uint32_t, kIn>(head, g, k, v);
   }
 }
 

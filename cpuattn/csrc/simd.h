@@ -14,6 +14,7 @@ typedef std::int32_t IntVec __attribute__((vector_size(64)));
 typedef std::uint32_t UintVec __attribute__((vector_size(64)));
 typedef std::int16_t ShortVec __attribute__((vector_size(64)));
 typedef std::uint16_t HalfVec __attribute__((vector_size(32)));
+typedef std::uint8_t ByteVec __attribute__((vector_size(16)));
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -89,6 +90,31 @@ INLINE HalfVec narrow_f16(Vec v) {
 #endif
 }
 
+// Loops, where there is no instruction: of a conversion of vectors compilers make sixteen single ones.
+INLINE ByteVec low_bytes(UintVec v) {
+#if defined(__AVX512F__)
+  return as<ByteVec>(_mm512_cvtepi32_epi8(as<__m512i>(v)));
+#else
+  std::uint32_t lanes[kLanes];
+  std::uint8_t bytes[kLanes];
+  std::memcpy(lanes, &v, sizeof lanes);
+  for (int i = 0; i < kLanes; ++i) bytes[i] = static_cast<std::uint8_t>(lanes[i]);
+  return load_as<ByteVec>(bytes);
+#endif
+}
+
+INLINE IntVec widen_signed(ByteVec v) {
+#if defined(__AVX512F__)
+  return as<IntVec>(_mm512_cvtepi8_epi32(as<__m128i>(v)));
+#else
+  std::int8_t bytes[kLanes];
+  std::int32_t lanes[kLanes];
+  std::memcpy(bytes, &v, sizeof bytes);
+  for (int i = 0; i < kLanes; ++i) lanes[i] = bytes[i];
+  return load_as<IntVec>(lanes);
+#endif
+}
+
 INLINE Vec vmax(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return as<Vec>(_mm512_max_ps(as<__m512>(a), as<__m512>(b)));
@@ -96,6 +122,9 @@ INLINE Vec vmax(Vec a, Vec b) {
   return a > b ? a : b;
 #endif
 }
+
+INLINE IntVec vmax(IntVec a, IntVec b) { return a > b ? a : b; }
+INLINE HalfVec vmax(HalfVec a, HalfVec b) { return a > b ? a : b; }
 
 INLINE bool any_greater(Vec a, Vec b) {
 #if defined(__AVX512F__)
@@ -108,19 +137,28 @@ INLINE bool any_greater(Vec a, Vec b) {
 #endif
 }
 
-INLINE float horizontal_max(Vec v) {
-  v = vmax(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = vmax(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-  v = vmax(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-  v = vmax(v, __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+// Lanes i and i ^ kBy in each other's place.
+template <int kBy, typename V>
+INLINE V swapped(V v) {
+  return __builtin_shufflevector(v, v, 0 ^ kBy, 1 ^ kBy, 2 ^ kBy, 3 ^ kBy, 4 ^ kBy, 5 ^ kBy, 6 ^ kBy,
+                                 7 ^ kBy, 8 ^ kBy, 9 ^ kBy, 10 ^ kBy, 11 ^ kBy, 12 ^ kBy, 13 ^ kBy,
+                                 14 ^ kBy, 15 ^ kBy);
+}
+
+template <typename V>
+INLINE auto horizontal_max(V v) {
+  v = vmax(v, swapped<8>(v));
+  v = vmax(v, swapped<4>(v));
+  v = vmax(v, swapped<2>(v));
+  v = vmax(v, swapped<1>(v));
   return v[0];
 }
 
 INLINE float horizontal_sum(Vec v) {
-  v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
-  v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
-  v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
-  v += __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+  v += swapped<8>(v);
+  v += swapped<4>(v);
+  v += swapped<2>(v);
+  v += swapped<1>(v);
   return v[0];
 }
 

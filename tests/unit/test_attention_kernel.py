@@ -21,6 +21,8 @@ I32 = NDArray[np.int32]
 
 # float32: rounding of sums of up to 256 products. The others: of weights and of the output.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1.2e-2, "float16": 2e-3}
+# Of a value, when it is rounded to a row's dtype.
+HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def to_bits(x: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -112,13 +114,10 @@ CASES = st.builds(
 )
 
 
-def quantised(row: F64) -> F64:
-    """What int8 KV makes of one head of one token."""
-    step = np.float32(np.abs(row).max()) / np.float32(127)
-    if step == 0:
-        return np.zeros_like(row)
-    values = np.rint(np.float32(row) / step)
-    return np.float64(values) * np.float64(step)
+def steps_of(rows: F64) -> F64:
+    """Steps of int8 KV for [..., dim]: 127 are the largest magnitude; 1 for rows of nothing."""
+    steps = np.abs(rows).max(axis=-1, keepdims=True).astype(np.float32) / np.float32(127)
+    return np.where(steps == 0, 1, steps).astype(np.float64)
 
 
 class World:
@@ -174,15 +173,23 @@ class World:
         """K and V of a sequence as the pool holds them, [tokens, kv_heads, dim] each."""
         case = self.case
         shape = (-1, case.kv_heads, case.dim)
-        if not case.int8:
-            k, v = self.k[sequence], self.v[sequence]
-            return to_double(k).reshape(shape), to_double(v).reshape(shape)
-        return tuple(  # type: ignore[return-value]
-            np.array([quantised(head) for head in to_double(x).reshape(-1, case.dim)]).reshape(
-                shape
-            )
-            for x in (self.k[sequence], self.v[sequence])
-        )
+        k = to_double(self.k[sequence]).reshape(shape)
+        v = to_double(self.v[sequence]).reshape(shape)
+        return self.quantised(sequence, np.stack((k, v))) if case.int8 else (k, v)
+
+    def quantised(self, sequence: int, sent: F64) -> tuple[F64, F64]:
+        """What int8 KV makes of k and v [2, tokens, kv_heads, dim]. A value in the middle between
+        two steps may become either, so the pool is asked; rounded to a row's dtype is near enough
+        to tell the step."""
+        position = np.arange(sent.shape[1])
+        page = self.tables[sequence, position // self.case.page_tokens]
+        offset = position % self.case.page_tokens
+        read = [self.kv.read(1, int(p), int(o)) for p, o in zip(page, offset, strict=True)]
+        got = np.array(read, np.float64).swapaxes(0, 1).reshape(sent.shape)
+        step = steps_of(sent)
+        stored = np.rint(got / step) * step
+        assert (np.abs(stored - sent) <= 0.5001 * step).all()
+        return stored[0], stored[1]
 
     def call(self, out: NDArray[np.generic], tables: I32, *segments: I32) -> None:
         options = self.case.options
@@ -283,6 +290,25 @@ def test_what_was_appended_is_read_back_unchanged(dtype: str) -> None:
         k, v = world.kv.read(1, page, position % 16)
         np.testing.assert_array_equal(k, to_double(world.k[0][position]))
         np.testing.assert_array_equal(v, to_double(world.v[0][position]))
+
+
+@pytest.mark.parametrize("kernel", kernel_names())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_int8_kv_is_read_back_within_half_a_step(kernel: str, dtype: str) -> None:
+    use_kernel(kernel)
+    heads, dim, tokens = 2, 80, 48
+    kv = PagedKv(1, heads, dim, 16, 3, dtype, kv_dtype="int8")
+    sizes = np.logspace(-4, 4, tokens)[:, None, None]
+    sizes[7] = 0  # a row of nothing has no step
+    drawn = np.random.default_rng(5).standard_normal((2, tokens, heads, dim)) * sizes
+    rows = to_bits(drawn.astype(np.float32).reshape(2, tokens, -1), dtype)
+    places = np.arange(tokens, dtype=np.int32)
+    kv.append(0, rows[0], rows[1], places // 16, places % 16)
+    for token in range(tokens):
+        got = np.array(kv.read(0, token // 16, token % 16)).reshape(2, heads, dim)
+        sent = to_double(rows[:, token]).reshape(2, heads, dim)
+        most = 0.5001 * steps_of(sent) + HALF_ULP[dtype] * np.abs(got)
+        assert (np.abs(got - sent) <= most).all()
 
 
 def one(value: int) -> I32:
