@@ -27,13 +27,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+from support.shapes import SHAPES
 
 from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
 from omniserve.gpuworker.device.cuda.gpu import Gpu, TorchGpu
 from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.port import Event, KvPlaces, ParkedRows
-from omniserve.gpuworker.model.config import ARCHITECTURES, ModelConfig
+from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.weights import DecoderWeights, LayerWeights
 from omniserve.gpuworker.requests import Request
 
@@ -42,27 +43,6 @@ COPY_BYTES = 1 << 30
 BESIDE = 16
 """LS rows beside boarded ones."""
 TRANSFER_TOKENS = 512
-
-
-def _shape(family: str, *sizes: int, vocabulary: int) -> ModelConfig:
-    """sizes: layers, hidden, heads, KV heads, head dimension, intermediate."""
-    return ModelConfig(
-        ARCHITECTURES[family],
-        *sizes,
-        vocabulary=vocabulary,
-        context_tokens=0,
-        rope_theta=500_000.0,
-        norm_epsilon=1e-5,
-        eos_token_ids=(),
-        tied_head=False,
-    )
-
-
-SHAPES = {
-    "llama-3-8b": _shape("llama", 32, 4096, 32, 8, 128, 14336, vocabulary=128256),
-    "qwen2.5-14b": _shape("qwen2", 48, 5120, 40, 8, 128, 13824, vocabulary=152064),
-    "tiny": _shape("llama", 3, 64, 4, 2, 16, 128, vocabulary=256),
-}
 
 
 class Link(NamedTuple):

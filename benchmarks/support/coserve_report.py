@@ -61,6 +61,20 @@ def pooled(runs: Runs, load: CoserveLoad) -> dict[str, Any]:
     return report | {"rate_per_s": rate, "policies": _best_headroom(lines)}
 
 
+def ls_figures(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the LS requests of some runs."""
+    met = np.array([request["met"] for request in requests], dtype=float)
+    ttfts = [r["ttft_ms"] for r in requests if r["ttft_ms"] is not None]
+    tpots = [r["tpot_ms"] for r in requests if r["tpot_ms"] is not None]
+    return {
+        "ls_attainment": round(float(met.mean()), 4),
+        "ls_attainment_ci": _bootstrap(met),
+        "ls_requests": len(requests),
+        "ls_ttft_p99_ms": round(percentile(ttfts, 99) or 0.0, 1),
+        "ls_tpot_p99_ms": round(percentile(tpots, 99) or 0.0, 2),
+    }
+
+
 def _line(
     policy: str,
     headroom: float | None,
@@ -69,20 +83,12 @@ def _line(
     ls: LsLoad,
 ) -> dict[str, Any]:
     machine = _machine(runs)
-    requests = [request for run in runs for request in run["requests"]]
-    met = np.array([request["met"] for request in requests], dtype=float)
-    ttfts = [r["ttft_ms"] for r in requests if r["ttft_ms"] is not None]
-    tpots = [r["tpot_ms"] for r in requests if r["tpot_ms"] is not None]
     contexts = [run["be_context_tokens"] for run in runs if run["be_context_tokens"]]
     context = float(np.mean(contexts)) if contexts else BE.prompt_tokens + BE.output_tokens / 2
     by_path = [run["tokens_by_path"] for run in runs]
     line = {
         "name": policy,
-        "ls_attainment": round(float(met.mean()), 4),
-        "ls_attainment_ci": _bootstrap(met),
-        "ls_requests": len(requests),
-        "ls_ttft_p99_ms": round(percentile(ttfts, 99) or 0.0, 1),
-        "ls_tpot_p99_ms": round(percentile(tpots, 99) or 0.0, 2),
+        **ls_figures([request for run in runs for request in run["requests"]]),
         "be_tokens_per_s": round(_mean(runs, "be_tokens_per_s"), 1),
         "be_roofline_tokens_per_s": round(
             _roofline(policy, headroom, context, load, machine, ls), 1

@@ -7,8 +7,8 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,9 +21,12 @@ from support.load import Arrival, Load, Sent, Slo
 from support.roofline import Machine
 from support.telemetry import tokens_by_path
 from support.worker import THREADS, pages_for, serve
-from support.worker_stack import WorkerStack
+from support.worker_stack import MODEL, WorkerStack
 
 from omniserve.client.bench.arrivals import arrival_times_s
+from omniserve.client.bench.metrics import Outcome
+from omniserve.shm.layout import Geometry
+from omniserve.v1 import status_pb2
 
 BE = Arrival(0.0, 256, 1024, best_effort=True)
 SERVERS = 2
@@ -47,6 +50,13 @@ class CoserveLoad:
     device_kv_tokens: int
     sequences: int
     """BE requests in flight, in all."""
+    backlog: int = 512
+    """BE requests in all; some must be left at the end."""
+    be: Arrival = BE
+    servers: int = SERVERS
+    model: Geometry = MODEL
+    worker_flags: Mapping[str, Any] = field(default_factory=dict)
+    server_flags: Mapping[str, Any] = field(default_factory=dict)
 
     def arrivals(self, rate_per_s: float, seed: int) -> list[Arrival]:
         lengths = self.lengths.draw(np.random.default_rng(seed))
@@ -145,21 +155,28 @@ def _run(
     if policy == "ls-only":
         load = replace(load, settle_s=1.0)  # nothing is there to settle
     arrivals = load.arrivals(rate_per_s, seed)
-    each = load.sequences // SERVERS
-    pages = each * pages_for(BE.prompt_tokens + BE.output_tokens)
+    each = load.sequences // load.servers
+    pages = each * pages_for(load.be.prompt_tokens + load.be.output_tokens)
     with serve(
         device_kv_tokens=load.device_kv_tokens,
-        servers=SERVERS,
+        servers=load.servers,
         sequences=each,
         pages=pages,
+        model=load.model,
+        server_flags=load.server_flags,
         orphan_lease_s=0,
+        **load.worker_flags,
         **_flags(policy, headroom),
     ) as stack:
         client = Load(stack.worker.address, load.slo, seed)
         client.run([Arrival(0.0, 64, 8)])  # warms up
         with Window(stack, load.settle_s, load.duration_s) as window:
             end_s = load.settle_s + load.duration_s
-            sent, backlog = client.run_beside(arrivals, [BE] * (2 * load.sequences), end_s)
+            sent, backlog = client.run_beside(arrivals, [load.be] * load.backlog, end_s)
+    if all(one.record.outcome is not Outcome.UNFINISHED for one in backlog):
+        raise RuntimeError(
+            f"no BE request was left of {load.backlog}: {backlog[-1].record.outcome}"
+        )
     return {
         "requests": [_judged(one, load.slo) for one in sent],
         "be_context_tokens": window.be_context_tokens(backlog),
@@ -191,8 +208,9 @@ class Window:
 
     def figures(self) -> dict[str, Any]:
         """What the worker did in the window."""
-        first, last = self._first, self._last
+        first, last = self._first.telemetry, self._last.telemetry
         seconds = self._end_s - self._begin_s
+        read = [_kv_bytes_read(status) for status in (self._first, self._last)]
         passes = last.passes - first.passes
         return {
             "be_tokens_per_s": (last.be_output_tokens - first.be_output_tokens) / seconds,
@@ -200,13 +218,14 @@ class Window:
             "busy_share": (last.busy_ns - first.busy_ns) / 1e9 / seconds,
             "passes_per_s": passes / seconds,
             "ls_tokens_per_pass": (last.ls_output_tokens - first.ls_output_tokens) / max(1, passes),
+            "servers_read_bytes_per_s": (read[1] - read[0]) / seconds,
             "cores": self._cores,
         }
 
     def be_context_tokens(self, backlog: Sequence[Sent]) -> float:
         """Mean context of the BE tokens that came in the window; 0 without any."""
         contexts = [
-            BE.prompt_tokens + index
+            one.arrival.prompt_tokens + index
             for one in backlog
             for index, at_s in enumerate(one.record.token_times_s)
             if self._begin_s <= at_s < self._end_s
@@ -216,10 +235,15 @@ class Window:
     def _watch(self) -> None:
         time.sleep(self._begin_s - time.perf_counter())
         cpu = CpuTime(self._stack)
-        self._first = self._stack.telemetry()
+        self._first = self._stack.status()
         time.sleep(self._end_s - time.perf_counter())
-        self._last = self._stack.telemetry()
+        self._last = self._stack.status()
         self._cores = cpu.cores()
+
+
+def _kv_bytes_read(status: status_pb2.WorkerStatus) -> int:
+    """By all servers since they started."""
+    return sum(server.kv_bytes_read for server in status.attention_servers)
 
 
 def _flags(policy: str, headroom: float | None) -> dict[str, Any]:

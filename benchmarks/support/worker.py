@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from support.worker_stack import MODEL, WorkerStack
@@ -24,15 +26,23 @@ def pages_for(tokens: int) -> int:
 
 
 def serve(
-    *, device_kv_tokens: int, servers: int = 0, sequences: int = 64, pages: int = 64, **flags: Any
+    *,
+    device_kv_tokens: int,
+    servers: int = 0,
+    sequences: int = 64,
+    pages: int = 64,
+    model: layout.Geometry = MODEL,
+    server_flags: Mapping[str, Any] = MappingProxyType({}),
+    **flags: Any,
 ) -> WorkerStack:
     """Starts `servers` attention servers and a worker with `flags`; use it as a context.
 
     sequences, pages: KV sequences and pages of `PAGE_TOKENS` tokens that each server has room for,
-    at least; it always has room for one sequence of the model's length.
+    at least; it always has room for one sequence of the model's length. Of `model`, its shape and
+    length count.
     """
     geometry = dataclasses.replace(
-        MODEL,
+        model,
         dtype="bfloat16",
         kv_dtype="bfloat16",
         page_tokens=PAGE_TOKENS,
@@ -49,6 +59,7 @@ def serve(
     }
     return WorkerStack(
         servers=servers,
+        server_flags=server_flags,
         worker_flags=worker_flags
         | {name.replace("_", "-"): value for name, value in flags.items()},
         arena_bytes=layout.arena_bytes(geometry, max(pages, geometry.max_pages_per_sequence)),

@@ -73,7 +73,7 @@ def _start(
             attnkernel.use_kernel(settings.kernel)
         except ValueError as error:
             raise SettingsError(f"kernel: {error}", field="kernel") from error
-    model = open_model(settings.model_path)
+    model = open_model(settings.model_path, settings.load_format)
     config = model.config
     if settings.context_tokens_max:
         context_tokens = min(config.context_tokens, settings.context_tokens_max)

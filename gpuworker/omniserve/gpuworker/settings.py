@@ -52,6 +52,11 @@ class WorkerSettings(ServiceSettings):
     model_path: Path = Field(
         Path("model.gguf"), description="GGUF file, or Hugging Face folder with safetensors."
     )
+    load_format: Literal["auto", "dummy"] = Field(
+        "auto",
+        description="dummy: random weights for the shape in the folder's config.json, to measure "
+        "a model that is not at hand.",
+    )
     context_tokens_max: int = Field(
         0,
         ge=0,

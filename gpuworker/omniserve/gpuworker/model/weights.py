@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 from omniserve.gpuworker.model.config import ModelConfig
+from omniserve.gpuworker.model.dummy import DummyModel
 from omniserve.gpuworker.model.gguf_file import GgufModel
 from omniserve.gpuworker.model.hf_folder import HfFolder
 
@@ -59,8 +60,13 @@ class DecoderWeights:
     head: torch.Tensor
 
 
-def open_model(path: Path) -> WeightSource:
-    """Opens a GGUF file or a Hugging Face folder. Raises ModelFileError."""
+def open_model(path: Path, load_format: str = "auto") -> WeightSource:
+    """Opens a GGUF file or a Hugging Face folder; `dummy`: a folder's shape with random weights.
+
+    Raises ModelFileError.
+    """
+    if load_format == "dummy":
+        return DummyModel(path)
     return HfFolder(path) if path.is_dir() else GgufModel(path)
 
 

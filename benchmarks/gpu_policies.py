@@ -1,0 +1,147 @@
+"""Policies side by side with a model's shape and random weights: LS in bursts, BE in long contexts.
+
+    python benchmarks/gpu_policies.py --shape llama-3-8b --json
+
+Every policy gets a new worker and attention server, a backlog of BE requests with `--be-context`
+tokens each that does not end, and after `--settle-s` the same LS requests: Gamma arrivals with CV
+3, lengths of a conversation trace. The device's KV is limited to `--device-kv-gb`; the server keeps
+`--sequences` BE sequences.
+
+The last line is one JSON object: `policies[].{name,ls_attainment,ls_attainment_ci,ls_requests,
+ls_ttft_p99_ms,ls_tpot_p99_ms,be_tokens_per_s,servers_read_gbs,tokens_by_path}`, `host_read_gbs`,
+and `omniserve.{points_below_ls_only,be_over_reserve,be_over_preempt,be_over_sync_offload,
+servers_read_fraction}`. No GPU has run it yet; `--device cpu` tries it without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from support.coserve_report import ls_figures
+from support.coserve_runs import CoserveLoad, Runs
+from support.lengths import conversation
+from support.load import Arrival, Slo
+from support.shapes import SHAPES, write_config
+from support.worker import PAGE_TOKENS
+
+from omniserve.gpuworker.model.config import ModelConfig
+from omniserve.shm.layout import Geometry
+
+TRACE = Path(__file__).parents[1] / "../shared/traces/azure2023_conv.csv.gz"
+POLICIES = ("ls-only", "omniserve", "reserve", "preempt", "sync-offload")
+BF16 = 2
+
+
+def main() -> int:
+    options = _options()
+    with tempfile.TemporaryDirectory() as folder:
+        write_config(Path(folder), SHAPES[options.shape], options.be_context + PAGE_TOKENS)
+        load = _load(options, SHAPES[options.shape], folder)
+        runs = Runs(None, len(options.policies))
+        for policy in options.policies:
+            headroom = options.headroom if policy == "reserve" else None
+            runs.make(load, policy, headroom, options.rate, seed=0)
+    report = {"shape": options.shape, "device": options.device} | summary(runs.done)
+    print(json.dumps(report) if options.json else json.dumps(report, indent=2))
+    return 0
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the runs, one of each policy, say together."""
+    lines = {run["policy"]: _line(run) for run in runs}
+    host_gbs = max(run["read_bytes_per_s"] for run in runs) / 1e9
+    report: dict[str, Any] = {"policies": list(lines.values()), "host_read_gbs": host_gbs}
+    ours = lines.get("omniserve")
+    if ours is None:
+        return report
+    compared = {"servers_read_fraction": ours["servers_read_gbs"] / host_gbs}
+    for name, line in lines.items():
+        if name == "ls-only":
+            points = 100 * (line["ls_attainment"] - ours["ls_attainment"])
+            compared["points_below_ls_only"] = points
+        elif name != "omniserve" and line["be_tokens_per_s"]:
+            ratio = ours["be_tokens_per_s"] / line["be_tokens_per_s"]
+            compared[f"be_over_{name.replace('-', '_')}"] = ratio
+    return report | {"omniserve": compared}
+
+
+def _line(run: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": run["policy"],
+        **ls_figures(run["requests"]),
+        "be_tokens_per_s": run["be_tokens_per_s"],
+        "servers_read_gbs": run["servers_read_bytes_per_s"] / 1e9,
+        "tokens_by_path": run["tokens_by_path"],
+    }
+
+
+def _load(options: argparse.Namespace, shape: ModelConfig, folder: str) -> CoserveLoad:
+    token_bytes = 2 * BF16 * shape.layers * shape.kv_size
+    pages = int(options.device_kv_gb * 1e9 / token_bytes) // PAGE_TOKENS
+    return CoserveLoad(
+        lengths=conversation(options.trace, options.length_scale, options.output_cap),
+        slo=Slo(options.slo_ttft_ms, options.slo_tpot_ms),
+        duration_s=options.duration_s,
+        settle_s=options.settle_s,
+        device_kv_tokens=pages * PAGE_TOKENS,
+        sequences=options.sequences,
+        backlog=options.backlog,
+        be=Arrival(0.0, options.be_context - options.be_output, options.be_output, True),
+        servers=1,
+        model=Geometry(
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            dtype="bfloat16",
+            kv_dtype="bfloat16",
+            page_tokens=PAGE_TOKENS,
+            max_sequences=1,
+            max_sequence_tokens=options.be_context + PAGE_TOKENS,
+            slots=1,
+        ),
+        worker_flags={
+            "device": options.device,
+            "model_path": folder,
+            "load_format": "dummy",
+        },
+        server_flags={"threads": options.server_threads},
+    )
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument("--headroom", type=float, default=0.5, help="of `reserve`")
+    parser.add_argument("--rate", type=float, default=4.0, help="LS requests a second")
+    parser.add_argument("--duration-s", type=float, default=30.0, help="of LS arrivals")
+    parser.add_argument("--settle-s", type=float, default=30.0, help="of the backlog before them")
+    parser.add_argument("--device-kv-gb", type=float, default=8.0)
+    parser.add_argument("--sequences", type=int, default=32, help="BE sequences at the server")
+    parser.add_argument("--backlog", type=int, default=512, help="BE requests in all")
+    parser.add_argument("--be-context", type=int, default=8192, help="tokens, the output's too")
+    parser.add_argument("--be-output", type=int, default=512)
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--server-threads", type=int, default=max(1, cores - 2))
+    parser.add_argument("--trace", type=Path, default=TRACE)
+    parser.add_argument("--length-scale", type=float, default=0.5, help="of the trace's lengths")
+    parser.add_argument("--output-cap", type=int, default=200, help="tokens of an LS answer")
+    parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=50.0)
+    parser.add_argument("--json", action="store_true", help="print one JSON object, last")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

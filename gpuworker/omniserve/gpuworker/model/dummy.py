@@ -1,0 +1,39 @@
+"""Random weights for the shape that a Hugging Face folder's config.json states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from omniserve.gpuworker.model.hf_config import read_config
+
+_BLOCK = 1 << 22
+"""Values drawn; larger tensors repeat them, since billions of draws take minutes."""
+
+
+class DummyModel:
+    """A folder of which only config.json is read, as a WeightSource in bfloat16.
+
+    Matrices keep the size of what they multiply; norms scale by about one, so that activations stay
+    finite. The same shape has the same weights every time. Raises ModelFileError for a config.json
+    that is missing or not supported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = read_config(folder)
+        generator = torch.Generator().manual_seed(0)
+        self._block = torch.randn(_BLOCK, generator=generator).bfloat16()
+
+    def tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """Returns tensor `name` (see WeightSource)."""
+        values = torch.empty(shape, dtype=torch.bfloat16)
+        flat = values.view(-1)
+        for start in range(0, flat.numel(), _BLOCK):
+            part = flat[start : start + _BLOCK]
+            part.copy_(self._block[: part.numel()])
+        values.mul_(shape[-1] ** -0.5)
+        return values.add_(1.0) if name.endswith("norm") else values
+
+    def check_all_read(self) -> None:
+        """Nothing is in a file that might be left."""
