@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # On a host with a GPU: builds, runs the GPU tests, the benchmarks of passes and, with the first
-# shape, that of policies; writes OUT/*.json and prints a table last. It needs no network and installs nothing outside of a temporary folder:
-# torch, a C++ compiler, CMake and nanobind are the host's, and wheels of what the host's Python lacks are
-# taken from WHEELS. Without those of what processes need (grpcio, pydantic-settings, ...) policies are
-# left out, which it says. No GPU has run it yet.
+# shape, those of preemption and policies; writes OUT/*.json and prints a table last. It needs no
+# network and installs nothing outside of a temporary folder: torch, a C++ compiler, CMake and
+# nanobind are the host's, and wheels of what the host's Python lacks are taken from WHEELS. Without
+# those of what processes need (grpcio, pydantic-settings, ...) the last two are left out, which it
+# says. No GPU has run it yet.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,9 +27,11 @@ for shape in $SHAPES; do
   "$PYTHON" benchmarks/gpu_stages.py --shape "$shape" --json >"$OUT/$shape.json"
 done
 if "$PYTHON" -c 'import grpc, grpc_health, pydantic_settings, redis'; then
+  "$PYTHON" benchmarks/preemption.py --parts response --shape "${SHAPES%% *}" --device cuda --json \
+    >"$OUT/preemption.json"
   "$PYTHON" benchmarks/gpu_policies.py --shape "${SHAPES%% *}" --json >"$OUT/policies.json"
 else
-  echo "gpu.sh: policies are left out: packages are missing" >&2
+  echo "gpu.sh: preemption and policies are left out: packages are missing" >&2
 fi
 
 tail -n 1 "$OUT/tests.log"
@@ -36,6 +39,9 @@ tail -n 1 "$OUT/tests.log"
 import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
     report = json.loads(path.read_text())
+    if "response_ms" in report:
+        print("preemption", report["response_ms"], "stage", report["stage_ms"], "ms")
+        continue
     if "policies" in report:
         print(report["shape"], "policies, host reads {:.0f} GB/s".format(report["host_read_gbs"]))
         for row in report["policies"]:

@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,11 +29,10 @@ from support.coserve_report import ls_figures
 from support.coserve_runs import CoserveLoad, Runs
 from support.lengths import conversation
 from support.load import Arrival, Slo
-from support.shapes import SHAPES, write_config
+from support.shapes import SHAPES, served_as
 from support.worker import PAGE_TOKENS
 
 from omniserve.gpuworker.model.config import ModelConfig
-from omniserve.shm.layout import Geometry
 
 TRACE = Path(__file__).parents[1] / "../shared/traces/azure2023_conv.csv.gz"
 POLICIES = ("ls-only", "omniserve", "reserve", "preempt", "sync-offload")
@@ -43,9 +41,9 @@ BF16 = 2
 
 def main() -> int:
     options = _options()
-    with tempfile.TemporaryDirectory() as folder:
-        write_config(Path(folder), SHAPES[options.shape], options.be_context + PAGE_TOKENS)
-        load = _load(options, SHAPES[options.shape], folder)
+    shape = SHAPES[options.shape]
+    with served_as(shape, options.be_context + PAGE_TOKENS, options.device) as model:
+        load = _load(options, shape, model)
         runs = Runs(None, len(options.policies))
         for policy in options.policies:
             headroom = options.headroom if policy == "reserve" else None
@@ -84,7 +82,7 @@ def _line(run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _load(options: argparse.Namespace, shape: ModelConfig, folder: str) -> CoserveLoad:
+def _load(options: argparse.Namespace, shape: ModelConfig, model: dict[str, Any]) -> CoserveLoad:
     token_bytes = 2 * BF16 * shape.layers * shape.kv_size
     pages = int(options.device_kv_gb * 1e9 / token_bytes) // PAGE_TOKENS
     return CoserveLoad(
@@ -97,24 +95,7 @@ def _load(options: argparse.Namespace, shape: ModelConfig, folder: str) -> Coser
         backlog=options.backlog,
         be=Arrival(0.0, options.be_context - options.be_output, options.be_output, True),
         servers=1,
-        model=Geometry(
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            dtype="bfloat16",
-            kv_dtype="bfloat16",
-            page_tokens=PAGE_TOKENS,
-            max_sequences=1,
-            max_sequence_tokens=options.be_context + PAGE_TOKENS,
-            slots=1,
-        ),
-        worker_flags={
-            "device": options.device,
-            "model_path": folder,
-            "load_format": "dummy",
-        },
-        server_flags={"threads": options.server_threads},
+        served_as={**model, "server_flags": {"threads": options.server_threads}},
     )
 
 

@@ -7,7 +7,8 @@ The last line is one JSON object.
 `response`: while a prompt of 2,000 BE tokens runs as one chunk, an LS request is sent at a random
 moment. `response_ms.{p50,p99}` is the time from when the worker's front has it to the start of its
 first stage; `stage_ms` is a stage of that chunk with its attention, undisturbed: the LS request
-has to wait for the stage under way, and for nothing else.
+has to wait for the stage under way, and for nothing else. `--shape` takes a shape with random
+weights instead of the test model, for `--device cuda`; no GPU has run that yet.
 
 `demotions`: the worker's test switch forces BE requests off the device and back; `demotions` is
 how many it were, and `recomputed_tokens` must be 0.
@@ -24,6 +25,7 @@ import argparse
 import json
 import statistics
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import numpy as np
 from support.load import NO_HURRY, Arrival, Load, Slo, makespan_s
+from support.shapes import SHAPES, served_as
 from support.telemetry import LagSampler, settled, wait_empty
 from support.worker import serve
 from support.worker_stack import WorkerStack
@@ -63,6 +66,8 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--shape", choices=SHAPES, help="of response: instead of the test model")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="with --shape")
     parser.add_argument("--rounds", type=int, default=100, help="of response (default 100)")
     parser.add_argument("--demotions", type=int, default=100, help="at least (default 100)")
     parser.add_argument("--streams", type=int, default=5, help="of each kind (default 5)")
@@ -73,9 +78,12 @@ def _options() -> argparse.Namespace:
 def _response(options: argparse.Namespace) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     waits_ms: list[float] = []
-    with serve(
-        device_kv_tokens=16384, servers=2, pages=256, prefill_chunk_tokens_max=CHUNK_TOKENS
-    ) as stack:
+    flags: dict[str, Any] = {"servers": 2, "pages": 256, "prefill_chunk_tokens_max": CHUNK_TOKENS}
+    with ExitStack() as ended:
+        if options.shape:
+            shape = SHAPES[options.shape]
+            flags |= ended.enter_context(served_as(shape, 2 * CHUNK_TOKENS, options.device))
+        stack = ended.enter_context(serve(device_kv_tokens=16384, **flags))
         load = Load(stack.worker.address, URGENT, seed=0)
         load.run([BE_PROMPT, Arrival(0.0, 64, 8)])  # warms up
         stage_ms, chunk_s = _undisturbed(stack, load)

@@ -21,11 +21,10 @@ from support.load import Arrival, Load, Sent, Slo
 from support.roofline import Machine
 from support.telemetry import tokens_by_path
 from support.worker import THREADS, pages_for, serve
-from support.worker_stack import MODEL, WorkerStack
+from support.worker_stack import WorkerStack
 
 from omniserve.client.bench.arrivals import arrival_times_s
 from omniserve.client.bench.metrics import Outcome
-from omniserve.shm.layout import Geometry
 from omniserve.v1 import status_pb2
 
 BE = Arrival(0.0, 256, 1024, best_effort=True)
@@ -54,9 +53,8 @@ class CoserveLoad:
     """BE requests in all; some must be left at the end."""
     be: Arrival = BE
     servers: int = SERVERS
-    model: Geometry = MODEL
-    worker_flags: Mapping[str, Any] = field(default_factory=dict)
-    server_flags: Mapping[str, Any] = field(default_factory=dict)
+    served_as: Mapping[str, Any] = field(default_factory=dict)
+    """More keywords of `serve`."""
 
     def arrivals(self, rate_per_s: float, seed: int) -> list[Arrival]:
         lengths = self.lengths.draw(np.random.default_rng(seed))
@@ -162,10 +160,8 @@ def _run(
         servers=load.servers,
         sequences=each,
         pages=pages,
-        model=load.model,
-        server_flags=load.server_flags,
         orphan_lease_s=0,
-        **load.worker_flags,
+        **load.served_as,
         **_flags(policy, headroom),
     ) as stack:
         client = Load(stack.worker.address, load.slo, seed)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from omniserve.gpuworker.model.config import ARCHITECTURES, ModelConfig
+from omniserve.shm.layout import Geometry
 
 
 def _shape(family: str, *sizes: int, vocabulary: int) -> ModelConfig:
@@ -29,11 +34,34 @@ SHAPES = {
 }
 
 
-def write_config(folder: Path, shape: ModelConfig, context_tokens: int) -> None:
-    """Makes `folder` one that a worker with `--load-format dummy` serves."""
-    family = next(name for name, kind in ARCHITECTURES.items() if kind == shape.architecture)
-    fields = {
-        "model_type": family,
+@contextmanager
+def served_as(shape: ModelConfig, context_tokens: int, device: str) -> Iterator[dict[str, Any]]:
+    """Yields keywords of `serve` for a worker that has random weights of `shape`."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(_fields(shape, context_tokens)))
+        yield {
+            "model": Geometry(
+                layers=shape.layers,
+                heads=shape.heads,
+                kv_heads=shape.kv_heads,
+                head_dim=shape.head_dim,
+                dtype="bfloat16",
+                kv_dtype="bfloat16",
+                page_tokens=64,
+                max_sequences=1,
+                max_sequence_tokens=context_tokens,
+                slots=1,
+            ),
+            "model_path": folder,
+            "load_format": "dummy",
+            "device": device,
+        }
+
+
+def _fields(shape: ModelConfig, context_tokens: int) -> dict[str, Any]:
+    """Of config.json."""
+    return {
+        "model_type": next(n for n, kind in ARCHITECTURES.items() if kind == shape.architecture),
         "num_hidden_layers": shape.layers,
         "hidden_size": shape.hidden,
         "num_attention_heads": shape.heads,
@@ -47,4 +75,3 @@ def write_config(folder: Path, shape: ModelConfig, context_tokens: int) -> None:
         "eos_token_id": 0,  # whatever that is: loads ignore it
         "tie_word_embeddings": shape.tied_head,
     }
-    (folder / "config.json").write_text(json.dumps(fields))
