@@ -46,7 +46,7 @@ def main() -> int:
         settle_s=options.settle_s,
         device_kv_tokens=options.device_kv_tokens,
         sequences=options.sequences,
-        backlog=2 * options.sequences,
+        backlog=3 * options.sequences,
     )
     runs = Runs(options.runs, options.runs_max)
     saturation = options.saturation

@@ -23,13 +23,16 @@ install ./cpuattn
 export PYTHONPATH=$site:$PWD/proto:$PWD/gpuworker:$PWD/client:$PWD/tests
 
 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests/gpu 2>&1 | tee "$OUT/tests.log" || true
+rm -f "$OUT"/*.json
+failed() { echo "gpu.sh: $1 failed" >&2 && rm "$OUT/$1.json"; }
 for shape in $SHAPES; do
   "$PYTHON" benchmarks/gpu_stages.py --shape "$shape" --json >"$OUT/$shape.json"
 done
-if "$PYTHON" -c 'import grpc, grpc_health, pydantic_settings, redis'; then
+if "$PYTHON" -c 'import omniserve.gpuworker.__main__, omniserve.cpuattn.server'; then
   "$PYTHON" benchmarks/preemption.py --parts response --shape "${SHAPES%% *}" --device cuda --json \
-    >"$OUT/preemption.json"
-  "$PYTHON" benchmarks/gpu_policies.py --shape "${SHAPES%% *}" --json >"$OUT/policies.json"
+    >"$OUT/preemption.json" || failed preemption
+  "$PYTHON" benchmarks/gpu_policies.py --shape "${SHAPES%% *}" --json >"$OUT/policies.json" ||
+    failed policies
 else
   echo "gpu.sh: preemption and policies are left out: packages are missing" >&2
 fi
@@ -40,7 +43,7 @@ import json, pathlib, sys
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
     report = json.loads(path.read_text())
     if "response_ms" in report:
-        print("preemption", report["response_ms"], "stage", report["stage_ms"], "ms")
+        print("preemption", report["model"], report["response_ms"], "stage", report["stage_ms"], "ms")
         continue
     if "policies" in report:
         print(report["shape"], "policies, host reads {:.0f} GB/s".format(report["host_read_gbs"]))

@@ -5,12 +5,13 @@
 Every policy gets a new worker and attention server, a backlog of BE requests with `--be-context`
 tokens each that does not end, and after `--settle-s` the same LS requests: Gamma arrivals with CV
 3, lengths of a conversation trace. The device's KV is limited to `--device-kv-gb`; the server keeps
-`--sequences` BE sequences.
+`--sequences` BE sequences: at the defaults 34 GB on the tmpfs of /dev/shm.
 
 The last line is one JSON object: `policies[].{name,ls_attainment,ls_attainment_ci,ls_requests,
-ls_ttft_p99_ms,ls_tpot_p99_ms,be_tokens_per_s,servers_read_gbs,tokens_by_path}`, `host_read_gbs`,
-and `omniserve.{points_below_ls_only,be_over_reserve,be_over_preempt,be_over_sync_offload,
-servers_read_fraction}`. No GPU has run it yet; `--device cpu` tries it without.
+ls_completed,ls_ttft_p99_ms,ls_tpot_p99_ms,be_tokens_per_s,servers_read_gbs,tokens_by_path}`,
+`host_read_gbs` and `omniserve.{points_below_ls_only,be_over_reserve,be_over_preempt,
+be_over_sync_offload,servers_read_fraction}`. No GPU has run it yet; `--device cpu` tries it
+without.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from support.coserve_report import ls_figures
+from support.coserve_report import pooled_ls
 from support.coserve_runs import CoserveLoad, Runs
 from support.lengths import conversation
 from support.load import Arrival, Slo
@@ -44,41 +46,58 @@ def main() -> int:
     shape = SHAPES[options.shape]
     with served_as(shape, options.be_context + PAGE_TOKENS, options.device) as model:
         load = _load(options, shape, model)
-        runs = Runs(None, len(options.policies))
-        for policy in options.policies:
-            headroom = options.headroom if policy == "reserve" else None
-            runs.make(load, policy, headroom, options.rate, seed=0)
-    report = {"shape": options.shape, "device": options.device} | summary(runs.done)
+        runs = Runs(None, options.seeds * len(options.policies))
+        for seed in range(options.seeds):
+            for policy in options.policies:
+                headroom = options.headroom if policy == "reserve" else None
+                runs.make(load, policy, headroom, options.rate, seed)
+    report = {
+        "shape": options.shape,
+        "device": options.device,
+        "lengths": load.lengths.source,
+        "slo": {"ttft_ms": load.slo.ttft_ms, "tpot_ms": load.slo.tpot_ms},
+        "rate_per_s": options.rate,
+        "headroom": options.headroom,
+    } | summary(runs.done)
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
     return 0
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the runs, one of each policy, say together."""
-    lines = {run["policy"]: _line(run) for run in runs}
+    """What the runs say together: a line per policy, and ours beside the others; null where a rival
+    did nothing for BE."""
+    names = dict.fromkeys(run["policy"] for run in runs)
+    lines = {name: _line(name, [run for run in runs if run["policy"] == name]) for name in names}
     host_gbs = max(run["read_bytes_per_s"] for run in runs) / 1e9
     report: dict[str, Any] = {"policies": list(lines.values()), "host_read_gbs": host_gbs}
     ours = lines.get("omniserve")
     if ours is None:
         return report
-    compared = {"servers_read_fraction": ours["servers_read_gbs"] / host_gbs}
+    compared: dict[str, float | None] = {
+        "servers_read_fraction": ours["servers_read_gbs"] / host_gbs
+    }
     for name, line in lines.items():
         if name == "ls-only":
             points = 100 * (line["ls_attainment"] - ours["ls_attainment"])
             compared["points_below_ls_only"] = points
-        elif name != "omniserve" and line["be_tokens_per_s"]:
-            ratio = ours["be_tokens_per_s"] / line["be_tokens_per_s"]
+        elif name != "omniserve":
+            theirs = line["be_tokens_per_s"]
+            ratio = ours["be_tokens_per_s"] / theirs if theirs else None
             compared[f"be_over_{name.replace('-', '_')}"] = ratio
     return report | {"omniserve": compared}
 
 
-def _line(run: dict[str, Any]) -> dict[str, Any]:
+def _line(name: str, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def mean(key: str) -> float:
+        return statistics.fmean(run[key] for run in runs)
+
+    paths = [run["tokens_by_path"] for run in runs]
     return {
-        "name": run["policy"],
-        **ls_figures(run["requests"]),
-        "be_tokens_per_s": run["be_tokens_per_s"],
-        "servers_read_gbs": run["servers_read_bytes_per_s"] / 1e9,
-        "tokens_by_path": run["tokens_by_path"],
+        "name": name,
+        **pooled_ls([request for run in runs for request in run["requests"]]),
+        "be_tokens_per_s": mean("be_tokens_per_s"),
+        "servers_read_gbs": mean("servers_read_bytes_per_s") / 1e9,
+        "tokens_by_path": {path: sum(p[path] for p in paths) for path in paths[0]},
     }
 
 
@@ -95,7 +114,8 @@ def _load(options: argparse.Namespace, shape: ModelConfig, model: dict[str, Any]
         backlog=options.backlog,
         be=Arrival(0.0, options.be_context - options.be_output, options.be_output, True),
         servers=1,
-        served_as={**model, "server_flags": {"threads": options.server_threads}},
+        limits_threads=options.server_threads,
+        serve_flags={**model, "server_flags": {"threads": options.server_threads}},
     )
 
 
@@ -104,8 +124,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
-    parser.add_argument("--headroom", type=float, default=0.5, help="of `reserve`")
-    parser.add_argument("--rate", type=float, default=4.0, help="LS requests a second")
+    parser.add_argument("--headroom", type=float, default=0.2, help="of `reserve`, the only one")
+    parser.add_argument("--seeds", type=int, default=1, help="of LS arrivals, pooled")
+    parser.add_argument("--rate", type=float, default=8.0, help="LS requests a second")
     parser.add_argument("--duration-s", type=float, default=30.0, help="of LS arrivals")
     parser.add_argument("--settle-s", type=float, default=30.0, help="of the backlog before them")
     parser.add_argument("--device-kv-gb", type=float, default=8.0)

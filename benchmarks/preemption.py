@@ -72,7 +72,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--demotions", type=int, default=100, help="at least (default 100)")
     parser.add_argument("--streams", type=int, default=5, help="of each kind (default 5)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device != "cpu" and not options.shape:
+        parser.error("--device: a shape is needed")
+    return options
 
 
 def _response(options: argparse.Namespace) -> dict[str, Any]:
@@ -99,6 +102,7 @@ def _response(options: argparse.Namespace) -> dict[str, Any]:
             waits_ms.append((after.ls_queue_ns - before.ls_queue_ns) / 1e6)
     p99_ms = percentile(waits_ms, 99) or 0.0
     return {
+        "model": f"{options.shape or 'SmolLM2-135M'} on {options.device}",
         "response_ms": {"p50": round(statistics.median(waits_ms), 2), "p99": round(p99_ms, 2)},
         "stage_ms": round(stage_ms, 2),
         "p99_over_stage": round(p99_ms / stage_ms, 3),

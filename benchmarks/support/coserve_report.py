@@ -61,7 +61,7 @@ def pooled(runs: Runs, load: CoserveLoad) -> dict[str, Any]:
     return report | {"rate_per_s": rate, "policies": _best_headroom(lines)}
 
 
-def ls_figures(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def pooled_ls(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Of the LS requests of some runs."""
     met = np.array([request["met"] for request in requests], dtype=float)
     ttfts = [r["ttft_ms"] for r in requests if r["ttft_ms"] is not None]
@@ -70,6 +70,7 @@ def ls_figures(requests: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "ls_attainment": round(float(met.mean()), 4),
         "ls_attainment_ci": _bootstrap(met),
         "ls_requests": len(requests),
+        "ls_completed": sum(r["completed"] for r in requests),
         "ls_ttft_p99_ms": round(percentile(ttfts, 99) or 0.0, 1),
         "ls_tpot_p99_ms": round(percentile(tpots, 99) or 0.0, 2),
     }
@@ -88,7 +89,7 @@ def _line(
     by_path = [run["tokens_by_path"] for run in runs]
     line = {
         "name": policy,
-        **ls_figures([request for run in runs for request in run["requests"]]),
+        **pooled_ls([request for run in runs for request in run["requests"]]),
         "be_tokens_per_s": round(_mean(runs, "be_tokens_per_s"), 1),
         "be_roofline_tokens_per_s": round(
             _roofline(policy, headroom, context, load, machine, ls), 1

@@ -24,7 +24,7 @@ from support.worker import THREADS, pages_for, serve
 from support.worker_stack import WorkerStack
 
 from omniserve.client.bench.arrivals import arrival_times_s
-from omniserve.client.bench.metrics import Outcome
+from omniserve.client.bench.metrics import Outcome, RequestRecord
 from omniserve.v1 import status_pb2
 
 BE = Arrival(0.0, 256, 1024, best_effort=True)
@@ -49,12 +49,14 @@ class CoserveLoad:
     device_kv_tokens: int
     sequences: int
     """BE requests in flight, in all."""
-    backlog: int = 512
-    """BE requests in all; some must be left at the end."""
+    backlog: int
+    """BE requests in all; some must still wait at the end."""
     be: Arrival = BE
     servers: int = SERVERS
-    served_as: Mapping[str, Any] = field(default_factory=dict)
+    serve_flags: Mapping[str, Any] = field(default_factory=dict)
     """More keywords of `serve`."""
+    limits_threads: int = THREADS
+    """That read memory, and multiply, where a run's limits are measured."""
 
     def arrivals(self, rate_per_s: float, seed: int) -> list[Arrival]:
         lengths = self.lengths.draw(np.random.default_rng(seed))
@@ -101,7 +103,9 @@ class Runs:
             self.exhausted = True
             return None
         self._more -= 1
-        machine = Machine(limits.read_bytes_per_s(THREADS), limits.gemm_flops(THREADS))
+        machine = Machine(
+            limits.read_bytes_per_s(load.limits_threads), limits.gemm_flops(load.limits_threads)
+        )
         made = key | asdict(machine) | _run(load, policy, headroom, rate_per_s, seed)
         self.done.append(made)
         if self._path is not None:
@@ -161,7 +165,7 @@ def _run(
         sequences=each,
         pages=pages,
         orphan_lease_s=0,
-        **load.served_as,
+        **load.serve_flags,
         **_flags(policy, headroom),
     ) as stack:
         client = Load(stack.worker.address, load.slo, seed)
@@ -169,10 +173,7 @@ def _run(
         with Window(stack, load.settle_s, load.duration_s) as window:
             end_s = load.settle_s + load.duration_s
             sent, backlog = client.run_beside(arrivals, [load.be] * load.backlog, end_s)
-    if all(one.record.outcome is not Outcome.UNFINISHED for one in backlog):
-        raise RuntimeError(
-            f"no BE request was left of {load.backlog}: {backlog[-1].record.outcome}"
-        )
+    _check_backlog([one.record for one in backlog])
     return {
         "requests": [_judged(one, load.slo) for one in sent],
         "be_context_tokens": window.be_context_tokens(backlog),
@@ -237,6 +238,15 @@ class Window:
         self._cores = cpu.cores()
 
 
+def _check_backlog(records: Sequence[RequestRecord]) -> None:
+    """Raises RuntimeError if BE lacked work, or had work that the worker does not do."""
+    bad = {r.outcome for r in records} - {Outcome.UNFINISHED, Outcome.COMPLETED}
+    if bad:
+        raise RuntimeError(f"BE requests ended as {', '.join(sorted(bad))}")
+    if all(record.token_times_s for record in records):
+        raise RuntimeError(f"none of {len(records)} BE requests waited at the end")
+
+
 def _kv_bytes_read(status: status_pb2.WorkerStatus) -> int:
     """By all servers since they started."""
     return sum(server.kv_bytes_read for server in status.attention_servers)
@@ -250,4 +260,6 @@ def _flags(policy: str, headroom: float | None) -> dict[str, Any]:
 def _judged(sent: Sent, slo: Slo) -> dict[str, Any]:
     record = sent.record
     met = record.meets(slo.ttft_ms, slo.tpot_ms)
-    return {"met": met, "ttft_ms": record.ttft_ms, "tpot_ms": record.tpot_ms}
+    completed = record.outcome is Outcome.COMPLETED
+    times = {"ttft_ms": record.ttft_ms, "tpot_ms": record.tpot_ms}
+    return {"met": met, "completed": completed} | times

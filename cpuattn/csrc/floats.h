@@ -38,30 +38,10 @@ inline float to_float(F16 x) {
   return bits_to_float(sign | float_to_bits(bits_to_float(magnitude) * 0x1p112f));
 }
 
-inline void from_float(float x, float& to) { to = x; }
-
 inline void from_float(float x, Bf16& to) {
   const std::uint32_t bits = float_to_bits(x);
   to.bits = static_cast<std::uint16_t>(
       std::isnan(x) ? (bits >> 16) | 0x40 : (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-inline void from_float(float x, F16& to) {
-  const std::uint32_t sign = (float_to_bits(x) >> 16) & 0x8000u;
-  const float magnitude = std::fabs(x);
-  std::uint32_t bits = 0;
-  if (std::isnan(x)) {
-    bits = 0x7E00u;
-  } else if (magnitude >= 65520.0f) {
-    bits = 0x7C00u;
-  } else if (magnitude < 0x1p-14f) {
-    // The addition rounds to multiples of the smallest subnormal.
-    bits = float_to_bits(magnitude + 0.5f) - float_to_bits(0.5f);
-  } else {
-    const std::uint32_t wide = float_to_bits(magnitude) - (112u << 23);
-    bits = (wide + 0xFFF + ((wide >> 13) & 1)) >> 13;
-  }
-  to.bits = static_cast<std::uint16_t>(sign | bits);
 }
 
 }  // namespace omniserve

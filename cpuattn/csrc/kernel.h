@@ -68,9 +68,10 @@ struct Kernels {
   using Merge = void (*)(const AttendUnit& unit, const float* partials, std::uint32_t count);
 
   // What int8 KV makes of one head's row [dim] of `dtype`: values[i] = round(row[i] / step) ^ flip.
-  // Returns the step: 127 of them are the row's largest magnitude.
+  // Returns the step, 127 of which are the row's largest magnitude; 0 for a row of (nearly) nothing.
   using Quantise = float (*)(const void* row, std::uint32_t dtype, std::uint32_t dim,
                              std::uint8_t flip, std::uint8_t* values);
+  // The way back: row[i] = (values[i] ^ flip) * step, rounded to `dtype`.
   using Dequantise = void (*)(const std::uint8_t* values, float step, std::uint8_t flip,
                               std::uint32_t dtype, std::uint32_t dim, void* row);
 

@@ -36,7 +36,7 @@ INLINE float largest_magnitude(const void* row, std::uint32_t dtype, std::uint32
   return widen(HalfVec{} + horizontal_max(top), dtype)[0];
 }
 
-// See Kernels::quantise. A row of (nearly) nothing has step 0.
+// See Kernels::quantise.
 float quantise(const void* row, std::uint32_t dtype, std::uint32_t dim, std::uint8_t flip,
                std::uint8_t* values) {
   constexpr float kLargest = 127;

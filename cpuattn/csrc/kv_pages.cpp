@@ -253,7 +253,7 @@ struct Int8Rows {
   std::uint8_t values[kRunTokens][kMaxDim];
   std::byte* operator[](std::size_t i) { return reinterpret_cast<std::byte*>(values[i]); }
 };
-// K is kept plus 128, as the dot product wants it.
+// K is kept plus 128 (Int8Format::kKeyBias), as the dot product wants it.
 constexpr std::uint8_t kFlipK = 0x80, kFlipV = 0;
 
 // K and V of a head as int8, with a step for each row: see Kernels::quantise.

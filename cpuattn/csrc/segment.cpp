@@ -87,6 +87,19 @@ Mapping& Mapping::operator=(Mapping&& other) noexcept {
   return *this;
 }
 
+shm::Geometry geometry_of(const Mapping& mapping, const std::string& path) {
+  const auto refuse = [&](const char* why) { throw std::runtime_error(path + ": " + why); };
+  if (mapping.size() < sizeof(shm::Header)) refuse("shorter than a segment's header");
+  const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping.data());
+  if (header.ready.load(std::memory_order_acquire) != 1) refuse("the segment is not ready");
+  if (header.magic != shm::kMagic) refuse("not a segment");
+  if (header.layout_version != shm::kLayoutVersion) refuse("another layout version");
+  const shm::Geometry geometry = header.geometry;
+  check_geometry(geometry);
+  if (!shm::fits(geometry, mapping.size())) refuse("the segment is truncated");
+  return geometry;
+}
+
 void create_file(const std::string& path, std::size_t size) {
   if (::unlink(path.c_str()) != 0 && errno != ENOENT) fail("cannot replace", path, errno);
   const int fd = ::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);

@@ -33,6 +33,10 @@ class Mapping {
   std::size_t size_ = 0;
 };
 
+// What a segment's header states, checked against the mapping's size. Throws std::runtime_error that
+// names `path`, and as check_geometry().
+shm::Geometry geometry_of(const Mapping& mapping, const std::string& path);
+
 // A new file of zeros at `path`, in place of any old one, with its memory allocated.
 void create_file(const std::string& path, std::size_t size);
 

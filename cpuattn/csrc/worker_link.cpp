@@ -5,20 +5,12 @@
 namespace omniserve {
 
 WorkerLink::WorkerLink(const std::string& path) : mapping_(Mapping::bare(path)) {
-  const auto refuse = [&](const char* why) { throw std::runtime_error(path + ": " + why); };
-  if (mapping_.size() < sizeof(shm::Header)) refuse("shorter than a segment's header");
-  const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping_.data());
-  if (header.ready.load(std::memory_order_acquire) != 1) refuse("the segment is not ready");
-  if (header.magic != shm::kMagic) refuse("not a segment");
-  if (header.layout_version != shm::kLayoutVersion) refuse("another layout version");
-  const shm::Geometry geometry = header.geometry;
-  check_geometry(geometry);
+  const shm::Geometry geometry = geometry_of(mapping_, path);
   segment_ = SegmentView(mapping_.data(), geometry);
   const shm::Regions& regions = segment_.regions();
-  if (!shm::fits(geometry, mapping_.size())) refuse("the segment is truncated");
   mapping_.keep(regions.kv);  // KV is the server's: much memory, of which the worker reads none
-  epoch_ = header.epoch;
-  segment_id_ = header.segment_id;
+  epoch_ = segment_.header().epoch;
+  segment_id_ = segment_.header().segment_id;
   const std::uint32_t capacity = shm::ring_capacity(geometry.slots);
   request_.ring = RingProducer(segment_.at_offset(regions.request_ring), capacity);
   low_.ring = RingProducer(segment_.at_offset(regions.low_ring), capacity);

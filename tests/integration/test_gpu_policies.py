@@ -17,7 +17,7 @@ SMALL = {
     "be-context": 512,
     "be-output": 64,
     "sequences": 8,
-    "backlog": 1000,
+    "backlog": 2000,
     "settle-s": 2,
     "duration-s": 4,
     "rate": 4,

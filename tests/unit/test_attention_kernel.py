@@ -23,6 +23,7 @@ I32 = NDArray[np.int32]
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1.2e-2, "float16": 2e-3}
 # Of a value, when it is rounded to a row's dtype.
 HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+SUBNORMAL_HALF_ULP = {"float32": 0.0, "bfloat16": 0.0, "float16": 2.0**-25}
 
 
 def to_bits(x: NDArray[np.float32], dtype: str) -> NDArray[np.generic]:
@@ -185,7 +186,7 @@ class World:
         page = self.tables[sequence, position // self.case.page_tokens]
         offset = position % self.case.page_tokens
         read = [self.kv.read(1, int(p), int(o)) for p, o in zip(page, offset, strict=True)]
-        got = np.array(read, np.float64).swapaxes(0, 1).reshape(sent.shape)
+        got = np.array(read, np.float64).reshape(len(read), 2, *sent.shape[2:]).swapaxes(0, 1)
         step = steps_of(sent)
         stored = np.rint(got / step) * step
         assert (np.abs(stored - sent) <= 0.5001 * step).all()
@@ -307,8 +308,28 @@ def test_int8_kv_is_read_back_within_half_a_step(kernel: str, dtype: str) -> Non
     for token in range(tokens):
         got = np.array(kv.read(0, token // 16, token % 16)).reshape(2, heads, dim)
         sent = to_double(rows[:, token]).reshape(2, heads, dim)
-        most = 0.5001 * steps_of(sent) + HALF_ULP[dtype] * np.abs(got)
-        assert (np.abs(got - sent) <= most).all()
+        rounding = np.maximum(HALF_ULP[dtype] * np.abs(got), SUBNORMAL_HALF_ULP[dtype])
+        assert (np.abs(got - sent) <= 0.5001 * steps_of(sent) + rounding).all()
+
+
+@pytest.mark.parametrize("kernel", kernel_names())
+def test_int8_rows_that_have_no_usual_step(kernel: str) -> None:
+    """Largest magnitudes below 127 steps of what a float can hold count as nothing; one value that
+    is not finite takes its row with it, and no other."""
+    use_kernel(kernel)
+    kv = PagedKv(1, 1, 16, 16, 1, kv_dtype="int8")
+    largest = np.array([1e-37, np.inf, np.nan, 3e38, -1.0], np.float32)
+    rows = np.zeros((len(largest), 16), np.float32)
+    rows[1:3] = 1.0
+    rows[:, 3] = largest
+    tokens = np.arange(len(rows), dtype=np.int32)
+    kv.append(0, rows, rows, 0 * tokens, tokens)
+    tiny, infinite, nan, huge, one = (kv.read(0, 0, int(token)) for token in tokens)
+    assert not np.any(tiny)
+    assert np.isnan(infinite).all()
+    assert np.isnan(nan).all()
+    np.testing.assert_allclose(huge, [rows[3]] * 2, rtol=1e-6)
+    np.testing.assert_allclose(one, [rows[4]] * 2, rtol=1e-6)
 
 
 def one(value: int) -> I32:

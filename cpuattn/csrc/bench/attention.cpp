@@ -119,26 +119,26 @@ class ArenaProbe {
  public:
   ArenaProbe(const std::string& path, unsigned threads)
       : mapping_(path), pool_(threads, {}, kSpinUs) {
-    const shm::Header& header = *reinterpret_cast<const shm::Header*>(mapping_.data());
-    if (!shm::fits(header.geometry, mapping_.size()))
-      throw std::invalid_argument(path + ": not an arena");
-    segment_ = SegmentView(mapping_.data(), header.geometry);
-    pages_ = KvPages(segment_.kv(), header.geometry);
+    const shm::Geometry geometry = geometry_of(mapping_, path);
+    segment_ = SegmentView(mapping_.data(), geometry);
+    pages_ = KvPages(segment_.kv(), geometry);
   }
 
-  // Seconds of attention of one row of every sequence, its last token's, over what `layer` has.
+  // Seconds of attention of one row of every sequence, its last token's, over what `layer` has. All
+  // have the query of slot 0.
   double run(std::uint32_t layer) {
     const shm::Geometry& g = segment_.geometry();
     if (layer >= g.layers) throw std::out_of_range("layer " + std::to_string(layer));
     const RowParts parts(g);
     const std::size_t elem = shm::dtype_bytes(g.dtype);
-    out_.resize(g.max_sequences * g.heads * g.head_dim * elem);
+    const std::size_t row_bytes = std::size_t{g.heads} * g.head_dim * elem;
+    out_.resize(g.max_sequences * row_bytes);
     rows_.clear();
     for (std::uint32_t s = 0; s < g.max_sequences; ++s) {
       const std::uint32_t tokens = segment_.written_len(s)[layer].load(std::memory_order_acquire);
       if (tokens == 0) continue;
-      rows_.push_back({segment_.page_table(s), segment_.slab_row(s) + parts.q * elem,
-                       out_.data() + s * g.heads * g.head_dim * elem, 0, 0, 1, tokens - 1});
+      rows_.push_back({segment_.page_table(s), segment_.slab_row(0) + parts.q * elem,
+                       out_.data() + s * row_bytes, 0, 0, 1, tokens - 1});
     }
     const Stopwatch watch;
     attention_.run(pages_, layer, g.heads, rows_, {}, pool_);

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import torch
 
 from omniserve.gpuworker.model.hf_config import read_config
 
-_BLOCK = 1 << 22
-"""Values drawn; larger tensors repeat them, since billions of draws take minutes."""
+_BLOCK = (1 << 22) - 3
+"""Values drawn; tensors repeat them, since billions of draws take minutes. Odd, so that rows of a
+matrix differ."""
 
 
 class DummyModel:
@@ -29,9 +31,10 @@ class DummyModel:
         """Returns tensor `name` (see WeightSource)."""
         values = torch.empty(shape, dtype=torch.bfloat16)
         flat = values.view(-1)
+        block = self._block.roll(zlib.crc32(name.encode()) % _BLOCK)  # tensors differ, too
         for start in range(0, flat.numel(), _BLOCK):
             part = flat[start : start + _BLOCK]
-            part.copy_(self._block[: part.numel()])
+            part.copy_(block[: part.numel()])
         values.mul_(shape[-1] ** -0.5)
         return values.add_(1.0) if name.endswith("norm") else values
 
