@@ -115,6 +115,8 @@ class Load:
             whole = len(record.token_times_s) == arrival.output_tokens
             record.outcome = Outcome.COMPLETED if whole else Outcome.FAILED
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.CANCELLED:
+                return  # by us, before the call was under way
             refused = error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
             record.outcome = Outcome.REFUSED if refused else Outcome.FAILED
 
