@@ -35,7 +35,8 @@ from omniserve.gpuworker.device.cuda.gpu import Gpu, TorchGpu
 from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.port import Event, KvPlaces, ParkedRows
 from omniserve.gpuworker.model.config import ModelConfig
-from omniserve.gpuworker.model.weights import DecoderWeights, LayerWeights
+from omniserve.gpuworker.model.dummy import DummyModel
+from omniserve.gpuworker.model.weights import load_weights
 from omniserve.gpuworker.requests import Request
 
 PAGE_TOKENS = 64
@@ -61,7 +62,7 @@ class Bench:
         """batch, boarded: the largest ones."""
         config = self.config = replace(shape, context_tokens=context)
         dtype = torch.bfloat16 if gpu.device.type == "cuda" else torch.float32
-        weights = _weights(config, gpu.device, dtype)
+        weights = load_weights(DummyModel(config), dtype)
         self._pages_each = -(-context // PAGE_TOKENS)
         self._context = context
         parked = max(1, boarded * (config.layers + 1))
@@ -218,29 +219,6 @@ def _limits(gpu: Gpu) -> dict[str, float]:
         "to_host_gbs": gbs(host, one, size),
         "to_device_gbs": gbs(one, host, size),
     }
-
-
-def _weights(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> DecoderWeights:
-    """Random, made on the device: zeros would multiply faster."""
-
-    def random(*size: int) -> torch.Tensor:
-        return torch.randn(size, dtype=dtype, device=device).mul_(size[-1] ** -0.5)
-
-    hidden, qkv = config.hidden, config.q_size + 2 * config.kv_size
-    layers = tuple(
-        LayerWeights(
-            attention_norm=1 + random(hidden),
-            qkv=random(qkv, hidden),
-            attention_out=random(hidden, config.q_size),
-            mlp_norm=1 + random(hidden),
-            gate_up=random(2 * config.intermediate, hidden),
-            down=random(hidden, config.intermediate),
-            qkv_bias=random(qkv) if config.architecture.qkv_bias else None,
-        )
-        for _ in range(config.layers)
-    )
-    table, head = random(config.vocabulary, hidden), random(config.vocabulary, hidden)
-    return DecoderWeights(table, layers, 1 + random(hidden), head)
 
 
 def _until(done: Callable[[], bool]) -> None:

@@ -1,13 +1,12 @@
-"""Random weights for the shape that a Hugging Face folder's config.json states."""
+"""Random weights for a model of which only the shape is known."""
 
 from __future__ import annotations
 
 import zlib
-from pathlib import Path
 
 import torch
 
-from omniserve.gpuworker.model.hf_config import read_config
+from omniserve.gpuworker.model.config import ModelConfig
 
 _BLOCK = (1 << 22) - 3
 """Values drawn; tensors repeat them, since billions of draws take minutes. Odd, so that rows of a
@@ -15,15 +14,14 @@ matrix differ."""
 
 
 class DummyModel:
-    """A folder of which only config.json is read, as a WeightSource in bfloat16.
+    """A WeightSource in bfloat16.
 
     Matrices keep the size of what they multiply; norms scale by about one, so that activations stay
-    finite. The same shape has the same weights every time. Raises ModelFileError for a config.json
-    that is missing or not supported.
+    finite. The same shape has the same weights every time.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.config = read_config(folder)
+    def __init__(self, config: ModelConfig) -> None:
+        self.config = config
         generator = torch.Generator().manual_seed(0)
         self._block = torch.randn(_BLOCK, generator=generator).bfloat16()
 

@@ -11,6 +11,7 @@ import torch
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.dummy import DummyModel
 from omniserve.gpuworker.model.gguf_file import GgufModel
+from omniserve.gpuworker.model.hf_config import read_config
 from omniserve.gpuworker.model.hf_folder import HfFolder
 
 
@@ -66,7 +67,7 @@ def open_model(path: Path, load_format: str = "auto") -> WeightSource:
     Raises ModelFileError.
     """
     if load_format == "dummy":
-        return DummyModel(path)
+        return DummyModel(read_config(path))
     return HfFolder(path) if path.is_dir() else GgufModel(path)
 
 
