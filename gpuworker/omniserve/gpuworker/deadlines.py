@@ -13,7 +13,7 @@ from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.plan import Plan
-from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.prompt_order import prompts
 
 # Streams need not be faster than this part of their TPOT while BE rows could run in between. The
 # rest is time in hand for when a burst of prompts takes more than its turn.
@@ -77,15 +77,14 @@ def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
 
     A running stream's slack is never more than what keeps its
     next gap within 2 x TPOT. A prompt's slack is what its TTFT leaves after the prefill of all
-    prompts that are due before it and its own, but one TPOT at most: the passes after this one
+    prompts that come before it and its own, but one TPOT at most: the passes after this one
     have streams to serve that do not run yet.
     """
     aim = 1.0 - state.limits.safety_margin
     slack = streams_slack_ns(state, aim, now_ns)
     prefill_ns = 0.0
-    for request in prompts(state, waiting=True):
-        left = Load.prefill(request.computed, request.known - request.computed, last=True)
-        prefill_ns += model.pass_ns(left) * model.factor(Regime.LS_PREFILL, left.rows)
+    for request, left_ns in prompts(state, model, now_ns, waiting=True):
+        prefill_ns += left_ns
         spare = request.next_deadline_ns(aim) - now_ns - prefill_ns
         slack = min(slack, spare, request.tpot_slo_ns * aim)
     return slack
@@ -96,22 +95,13 @@ def pause_ns(state: EngineState, pass_ns: float, now_ns: int) -> float:
 
     Nothing while a prompt waits.
     """
-    if prompts(state, waiting=True):
+    if state.ls_waiting or any([r.known == r.prompt_tokens for r in state.ls_running]):
         return 0.0
     aim = 1.0 - state.limits.safety_margin
     tpot_ns = min([r.tpot_slo_ns for r in state.ls_running])
     gap_ns = min(_PACE * aim * tpot_ns, _PAUSE_PASSES * pass_ns)
     paced_ns = min([r.last_token_ns for r in state.ls_running]) + gap_ns - now_ns
     return min(paced_ns, streams_slack_ns(state, aim, now_ns)) - pass_ns
-
-
-def prompts(state: EngineState, *, waiting: bool = False) -> list[Request]:
-    """LS requests without a token yet, earliest deadline first."""
-    prompts = [r for r in state.ls_running if r.known == r.prompt_tokens]
-    if waiting:
-        prompts.extend(state.ls_waiting)
-    prompts.sort(key=Request.next_deadline_ns)
-    return prompts
 
 
 def streams_slack_ns(state: EngineState, aim: float, now_ns: int) -> float:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 
 from omniserve.gpuworker import boarding
 from omniserve.gpuworker.cohort import Chunk, load_of
-from omniserve.gpuworker.deadlines import budget_ns, prompts, streams_slack_ns
+from omniserve.gpuworker.deadlines import budget_ns, streams_slack_ns
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.plan import Plan
+from omniserve.gpuworker.prompt_order import prompts
 from omniserve.gpuworker.requests import Place, Request
 
 # BE work that attends on the device takes budget that boarding rows could use later in the pass:
@@ -53,7 +54,7 @@ def ls_chunks(
     slack = streams_slack_ns(state, 1.0 - state.limits.safety_margin, now_ns)
     left = prefill_tokens_max
     least = CHUNK_MIN
-    for request in prompts(state):
+    for request, _ in prompts(state, model, now_ns):
         limit = min(request.known - request.computed, left)
         fitting = largest_chunk(model, load, request, limit, slack, Regime.LS_PREFILL)
         size = max(fitting, min(limit, least))
