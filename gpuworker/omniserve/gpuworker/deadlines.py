@@ -21,7 +21,7 @@ _PACE = 0.5
 # Nor do they wait for longer than so many passes of their own would take: those cost little then.
 _PAUSE_PASSES = 10
 # BE work in flight may take this part of what a newcomer can spare: others may follow it.
-_NEWCOMER_SHARE = 0.1
+_NEWCOMER_SHARE = 0.02
 
 
 @dataclass(frozen=True)

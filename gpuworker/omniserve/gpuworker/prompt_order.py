@@ -13,10 +13,13 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.requests import Request
 
+# Prompts get at least what this part of the time leaves, as passes of streams share with them.
+_STREAMS_MOST = 0.5
 # Nobody comes before a prompt that has waited for so many times its TTFT.
 _PATIENCE = 2.0
 
@@ -26,7 +29,7 @@ class Prompt(NamedTuple):
 
     request: Request
     left_ns: float
-    """What the rest of its prompt takes alone."""
+    """What the rest of its prompt takes, beside the streams that run."""
 
 
 def prompts(
@@ -36,14 +39,18 @@ def prompts(
     requests = [r for r in state.ls_running if r.known == r.prompt_tokens]
     if waiting:
         requests.extend(state.ls_waiting)
+    if not requests:
+        return []
     requests.sort(key=Request.next_deadline_ns)
     aim = 1.0 - state.limits.safety_margin
-    return in_order([Prompt(r, _left_ns(r, model)) for r in requests], aim, now_ns)
+    stretch = 1.0 / (1.0 - min(_streams_share(state, model, aim), _STREAMS_MOST))
+    return in_order([Prompt(r, stretch * _left_ns(r, model)) for r in requests], aim, now_ns)
 
 
 def in_order(by_deadline: Sequence[Prompt], aim: float, now_ns: int) -> list[Prompt]:
     """`aim` scales deadlines, see Request.next_deadline_ns."""
-    overdue, rest = [], []
+    overdue: list[Prompt] = []
+    rest: list[Prompt] = []
     for prompt in by_deadline:
         request = prompt.request
         patience_ends = request.arrival_ns + _PATIENCE * request.ttft_slo_ns
@@ -61,6 +68,16 @@ def in_order(by_deadline: Sequence[Prompt], aim: float, now_ns: int) -> list[Pro
             late.add(-negative_place)
     in_time = [prompt for place, prompt in enumerate(rest) if place not in late]
     return overdue + in_time + [rest[place] for place in sorted(late)]
+
+
+def _streams_share(state: EngineState, model: LatencyModel, aim: float) -> float:
+    """Part of the time that streams take while prompts are computed, at a token per TPOT."""
+    streams = [r for r in state.ls_running if r.known > r.prompt_tokens]
+    if not streams:
+        return 0.0
+    load = load_of([Chunk(r, r.computed, 1) for r in streams])
+    pass_ns = model.pass_ns(load) * model.factor(Regime.LS_DECODE, load.rows)
+    return pass_ns / max(1.0, aim * min([r.tpot_slo_ns for r in streams]))
 
 
 def _left_ns(request: Request, model: LatencyModel) -> float:
