@@ -54,8 +54,10 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
         continue
     print(report["shape"], report["device"], report["limits"])
     for row in report["ls"]:
-        print("  batch {batch:4d}  {tpot_ms:8.2f} ms  {fraction:.2f} of the roofline".format(**row))
+        print("  batch {batch:4d}  {tpot_ms:8.2f} ms  {fraction:.2f} of the roofline, "
+              "{bubble_ms:.2f} ms idle".format(**row))
     for row in report["boarded"]:
-        print("  boarded {rows:4d}  {pass_ms:8.2f} ms  {over_alone:.2f} of the pass alone".format(**row))
+        print("  boarded {rows:4d}  {pass_ms:8.2f} ms  {over_alone:.2f} of the pass alone, "
+              "{bubble_ms:.2f} ms idle".format(**row))
     print(" ", report["transfers"])
 TABLE

@@ -8,9 +8,10 @@ with parked rows boarding every stage, whose q, k, v go to a slab on this host a
 comes from there; no server answers, as what one takes is not the question. `transfers`: KV between
 pages and slots against a copy between pinned memory and the device.
 
-The last line is one JSON object: `ls[].{batch,tpot_ms,roofline_ms,fraction}`,
-`boarded[].{rows,pass_ms,over_alone}`, `transfers.{checkpoint,restore}_fraction`, `limits.{copy_gbs,
-to_host_gbs,to_device_gbs}`. No GPU has run it yet.
+The last line is one JSON object: `ls[].{batch,tpot_ms,roofline_ms,fraction,bubble_ms}`,
+`boarded[].{rows,pass_ms,over_alone,bubble_ms}`, `transfers.{checkpoint,restore}_fraction`,
+`limits.{copy_gbs,to_host_gbs,to_device_gbs}`; `bubble_ms` is how long of a pass the device had
+nothing to do between its stages. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -80,10 +81,14 @@ class Bench:
         tensors = [t for layer in weights.layers for t in vars(layer).values() if t is not None]
         self.weight_bytes = sum(t.nbytes for t in [*tensors, weights.head])
 
-    def pass_s(self, batch: int, boarded: int) -> float:
-        """One pass of `batch` LS rows, with `boarded` parked rows at every stage."""
+    def pass_s(self, batch: int, boarded: int) -> tuple[float, float]:
+        """One pass of `batch` LS rows, with `boarded` parked rows at every stage.
+
+        Returns its time, and for how much of it the device had nothing to do between stages.
+        """
         device, layers = self.device, self.config.layers
         cohort = Cohort([self._decode(row) for row in range(batch)], PAGE_TOKENS)
+        bubble_ns = device.bubble_ns
         start = time.perf_counter()
         for stage in range(layers):
             _until(device.has_room)
@@ -92,7 +97,7 @@ class Bench:
         _until(device.has_room)
         nobody = np.zeros(batch + boarded, np.bool_)
         device.finish([cohort], self._parked(layers, boarded), nobody, _nothing)
-        return time.perf_counter() - start
+        return time.perf_counter() - start, (device.bubble_ns - bubble_ns) / 1e9
 
     def transfer_s(self, copy: Callable[[Any, KvPlaces], Event]) -> tuple[float, int]:
         """Returns the time and the bytes of a CHECKPOINT or RESTORE."""
@@ -137,26 +142,31 @@ def measure(
     limits = _limits(gpu)
     bench = Bench(gpu, shape, context, max(*batches, BESIDE), max(boarded))
     kinds = [(batch, 0) for batch in batches] + [(BESIDE, rows) for rows in boarded]
-    taken: dict[tuple[int, int], list[float]] = {kind: [] for kind in kinds}
+    taken: dict[tuple[int, int], list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 3):  # graphs are made in the second pass of a kind
         for kind, times in taken.items():
-            time_s = bench.pass_s(*kind)
+            both_s = bench.pass_s(*kind)
             if turn >= 3:
-                times.append(time_s)
-    medians = {kind: statistics.median(times) for kind, times in taken.items()}
+                times.append(both_s)
+    medians, bubbles = (
+        {kind: statistics.median(times[index] for times in taken[kind]) for kind in kinds}
+        for index in range(2)
+    )
     ls = []
     for batch in batches:
         read = bench.weight_bytes + batch * context * bench.kv_token_bytes
         floor_ms = read / limits["copy_gbs"] / 1e6
         tpot_ms = medians[batch, 0] * 1e3
         row = {"batch": batch, "tpot_ms": tpot_ms, "roofline_ms": floor_ms}
-        ls.append(row | {"fraction": floor_ms / tpot_ms})
+        bubble_ms = bubbles[batch, 0] * 1e3
+        ls.append(row | {"fraction": floor_ms / tpot_ms, "bubble_ms": bubble_ms})
     alone = medians[BESIDE, boarded[0]]
     beside = [
         {
             "rows": rows,
             "pass_ms": medians[BESIDE, rows] * 1e3,
             "over_alone": medians[BESIDE, rows] / alone,
+            "bubble_ms": bubbles[BESIDE, rows] * 1e3,
         }
         for rows in boarded
     ]

@@ -27,6 +27,8 @@ class LatencyProfile:
     """One KV token that a decode row reads in one layer."""
     attend_pair_ns: float
     """One query x KV token pair of a prefill chunk in one layer."""
+    padded: bool = False
+    """Whether a stage with other row counts runs as the next larger one of `rows`."""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))

@@ -227,10 +227,15 @@ class Ride:
         return [row for row in ready if random.random() < 0.8]
 
 
-def check(reference: LocalStages, tokens: list[int], found: list[torch.Tensor]) -> None:
+def check(
+    reference: LocalStages,
+    tokens: list[int],
+    found: list[torch.Tensor],
+    tolerance: float = TOLERANCE,
+) -> None:
     """found: logits behind each of the last tokens, as many as there are."""
     wanted = reference.logits(tokens, len(found) - 1, CHUNK)
-    assert float((torch.cat(found) - wanted).abs().max() / wanted.std()) < TOLERANCE
+    assert float((torch.cat(found) - wanted).abs().max() / wanted.std()) < tolerance
 
 
 def _parked(rows: list[Parked]) -> ParkedRows | None:

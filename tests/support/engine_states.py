@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -172,8 +173,8 @@ def states(draw: st.DrawFn, *, ls_max: int = 6, be_max: int = 6) -> EngineState:
     return state
 
 
-def model() -> LatencyModel:
-    return LatencyModel(PROFILE, LAYERS)
+def model(*, padded: bool = False) -> LatencyModel:
+    return LatencyModel(dataclasses.replace(PROFILE, padded=padded), LAYERS)
 
 
 def plan_for(state: EngineState, latency: LatencyModel | None = None) -> Plan | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy.typing as npt
 import torch
@@ -28,11 +28,17 @@ class SimulatedEvent:
     def __init__(self, gpu: SimulatedGpu) -> None:
         self._gpu = gpu
         self.reached = False
+        self.reached_ns = 0
 
     def done(self) -> bool:
         """Time passes while the host looks."""
         self._gpu.advance()
         return self.reached
+
+    def ns_since(self, earlier: Self) -> int:
+        assert self.reached, "the time of what is still to come"
+        assert earlier.reached, "the time of what is still to come"
+        return self.reached_ns - earlier.reached_ns
 
 
 class SimulatedStream:
@@ -48,6 +54,8 @@ class SimulatedStream:
         event = SimulatedEvent(self._gpu)
         self._queue.append(("record", event))
         return event
+
+    mark = record
 
     def wait(self, event: Event) -> None:
         self._queue.append(("wait", event))
@@ -67,6 +75,7 @@ class SimulatedStream:
             what()
         elif kind == "record":
             what.reached = True
+            what.reached_ns = self._gpu.now_ns
 
 
 class SimulatedGpu:
@@ -80,6 +89,8 @@ class SimulatedGpu:
         self._memory: list[torch.Tensor] = []
         self._stalled: SimulatedStream | None = None
         self.captured = 0
+        self.now_ns = 0
+        """Grows by one for each time the host looks."""
 
     def stream(self, priority: int = 0) -> SimulatedStream:
         self._streams.append(SimulatedStream(self, priority))
@@ -100,6 +111,7 @@ class SimulatedGpu:
 
     def advance(self) -> None:
         """Executes one step of any stream that can go on; one of them falls far behind."""
+        self.now_ns += 1
         if self._random.random() < _STALL:
             self._stalled = self._random.choice(self._streams)
         able = [stream for stream in self._streams if stream.can_go_on()]

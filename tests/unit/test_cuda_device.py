@@ -14,12 +14,17 @@ from support.random_models import KINDS, Kind, make
 from support.simulated_gpu import SimulatedGpu
 
 from omniserve.errors import SettingsError
-from omniserve.gpuworker.cohort import Chunk
+from omniserve.gpuworker import profiler
+from omniserve.gpuworker.cohort import Chunk, Cohort
+from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
+from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.opening import open_device
 from omniserve.gpuworker.device.port import KvPlaces
 from omniserve.gpuworker.model.weights import WeightSource, load_weights, open_model
 from omniserve.gpuworker.settings import WorkerSettings
 
+PAGES = 64
+COHORT_ROWS = 512
 LLAMA = next(kind for kind in KINDS if kind.name == "llama")
 
 
@@ -38,6 +43,22 @@ def test_logits_are_those_of_the_cpu_back_end(kind: Kind, tmp_path: Path) -> Non
     # Both chunks fill the same graphs, and decode steps have theirs; only these sample twice.
     assert gpu.captured == 2 * model.config.layers + 1
     scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)
+
+
+def test_half_precision_is_as_good_as_its_digits(tmp_path: Path) -> None:
+    model, tokens = model_of(LLAMA, tmp_path), scenarios.tokens_of(1)
+    device = scenarios.start(model, SimulatedGpu(seed=2), torch.float16)
+    found = scenarios.prefill(device, scenarios.request_of(tokens, scenarios.PROMPT, 3))
+    assert found[0].dtype == torch.float32
+    reference = LocalStages(model, torch.float32, len(tokens))
+    scenarios.check(reference, tokens[: scenarios.PROMPT], found, tolerance=0.1)
+
+
+def test_the_cpu_back_end_refuses_half_precision(tmp_path: Path) -> None:
+    model, settings = model_of(LLAMA, tmp_path), WorkerSettings(dtype="float16")
+    with pytest.raises(SettingsError, match="no float16") as refused:
+        open_device(settings, model.config, load_weights(model, torch.float16))
+    assert refused.value.field == "dtype"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -110,3 +131,53 @@ def test_kv_that_left_the_device_and_came_back_is_the_same(seed: int, tmp_path: 
     found = scenarios.run_pass(device, Chunk(request, known, rest))
     found += scenarios.decode(device, request, scenarios.TOKENS)
     scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)
+
+
+def test_time_without_work_between_stages_is_told(tmp_path: Path) -> None:
+    """Not that between two passes, nor that between stages without LS rows."""
+    model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed=5)
+    device = scenarios.start(model, gpu)
+
+    def pass_ns(idle: int, latency_sensitive: bool) -> int:
+        """The bubbles of a pass before each of whose stages the device is `idle` for so long."""
+        request = scenarios.request_of(scenarios.tokens_of(1), scenarios.PROMPT, first_page=3)
+        request.latency_sensitive = latency_sensitive
+        before = device.bubble_ns
+        cohort = Cohort([Chunk(request, 0, scenarios.CHUNK)], PAGE_TOKENS)
+        for stage in range(model.config.layers):
+            device.wait(scenarios.nothing)
+            for _ in range(idle):
+                gpu.advance()
+            scenarios.wait_for_room(device)
+            device.run(stage, [cohort], None)
+            device.attend(stage, cohort)
+        device.wait(scenarios.nothing)
+        return device.bubble_ns - before
+
+    prompt = pass_ns(0, True)
+    idle_ns = 1000 * (model.config.layers - 1)
+    assert 0.9 * idle_ns < pass_ns(1000, True) - prompt < 1.1 * idle_ns
+    assert pass_ns(1000, False) == 0
+
+
+def test_graphs_are_made_before_their_stages_are_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed=6)
+    weights, kernels = load_weights(model, torch.float32), Kernels.plain(model.config)
+    sizes = Sizes(PAGES, PAGE_TOKENS, 1, COHORT_ROWS, COHORT_ROWS, 1)
+    device = CudaDevice(gpu, model.config, weights, kernels, sizes)
+    captured: list[int] = []
+
+    def clock_ns() -> int:
+        captured.append(gpu.captured)
+        return gpu.now_ns
+
+    monkeypatch.setattr(profiler.time, "perf_counter_ns", clock_ns)
+    monkeypatch.setattr(profiler.time, "monotonic", lambda: 0.0)  # no limit
+    profile = profiler.measure(device, "simulated", "llama", PAGE_TOKENS, PAGES)
+    assert captured[0::2] == captured[1::2]
+    assert profile.padded
+    assert profile.rows == device.padded_counts
+    sampled = [rows for rows in profile.rows if rows <= 128]
+    assert captured[-1] == model.config.layers * len(profile.rows) + len(sampled)

@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import engine_states
 from support.engine_states import LAYERS, PROFILE
 
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
@@ -31,6 +32,14 @@ def test_between_measured_row_counts_cost_is_interpolated(model: LatencyModel) -
     assert model.stage_ns(1, (low + high) // 2) == pytest.approx((low_ns + high_ns) / 2)
 
 
+def test_what_a_bucket_has_left_is_free_where_rows_are_padded() -> None:
+    padded = engine_states.model(padded=True)
+    assert PROFILE.rows[3:5] == (16, 64)
+    assert [padded.middle[rows] for rows in (0, 16, 17, 64)] == [0.0, 2e6, 5e6, 5e6]
+    assert padded.middle.most_rows(0.0, 17, 100) == 64 - 17
+    assert padded.middle.most_rows(0.0, 64, 100) == 0
+
+
 def test_beyond_the_profile_cost_grows_with_rows(model: LatencyModel) -> None:
     last, last_ns = PROFILE.rows[-1], PROFILE.middle_stage_ns[-1]
     assert model.stage_ns(1, 3 * last) == pytest.approx(3 * last_ns)
@@ -53,9 +62,9 @@ def test_a_pass_is_the_sum_of_its_stages_and_its_attention(model: LatencyModel) 
     assert model.pass_ns(load) == pytest.approx(dense + LAYERS * attention)
 
 
-@given(load=loads, more=loads)
-def test_more_work_never_costs_less_on_a_monotone_profile(load: Load, more: Load) -> None:
-    model = LatencyModel(PROFILE, LAYERS)
+@given(load=loads, more=loads, padded=st.booleans())
+def test_more_work_never_costs_less(load: Load, more: Load, padded: bool) -> None:
+    model = engine_states.model(padded=padded)
     assert model.pass_ns(load) <= model.pass_ns(load + more)
 
 
@@ -103,20 +112,25 @@ def test_nonsense_moves_nothing(model: LatencyModel, predicted: float, measured:
     assert model.factor(Regime.LS_DECODE, 1) == 1.0
 
 
-@given(fixed=st.integers(0, 300), limit=st.integers(0, 300), budget=st.floats(-1e6, 1e8))
+@given(
+    fixed=st.integers(0, 300),
+    limit=st.integers(0, 300),
+    budget=st.floats(-1e6, 1e8),
+    padded=st.booleans(),
+)
 def test_the_most_rows_within_a_budget_cost_no_more_than_it(
-    fixed: int, limit: int, budget: float
+    fixed: int, limit: int, budget: float, padded: bool
 ) -> None:
-    stairs = LatencyModel(PROFILE, LAYERS).middle
+    stairs = engine_states.model(padded=padded).middle
     rows = stairs.most_rows(budget, fixed, limit)
     assert rows == 0 or stairs[fixed + rows] - stairs[fixed] <= budget
     more = rows + 1
     assert rows == limit or stairs[fixed + more] - stairs[fixed] > budget
 
 
-@given(rows=st.integers(1, 600), part=st.floats(0.1, 1.0))
-def test_fewest_rows_for_a_rate_reach_it(rows: int, part: float) -> None:
-    model = LatencyModel(PROFILE, LAYERS)
+@given(rows=st.integers(1, 600), part=st.floats(0.1, 1.0), padded=st.booleans())
+def test_fewest_rows_for_a_rate_reach_it(rows: int, part: float, padded: bool) -> None:
+    model = engine_states.model(padded=padded)
     stairs = model.middle
     fewest = model.rows_for_rate(rows, part)
     assert 1 <= fewest <= rows

@@ -65,6 +65,8 @@ class Telemetry:
     """Tokens whose KV was copied to a server."""
     busy_ns: int = 0
     """Time that the engine spent in stages."""
+    bubble_ns: int = 0
+    """Time that the device had nothing to do between two stages of latency-sensitive passes."""
     prefix_cache_query_tokens: int = 0
     """Known tokens of requests that started on the device."""
     prefix_cache_hit_tokens: int = 0

@@ -61,6 +61,11 @@ class Cohort:
         self.sampled_rows = torch.from_numpy(last_rows[finishing].astype(np.int64))
 
 
+def has_ls(cohorts: Sequence[Cohort]) -> bool:
+    """Whether one of `cohorts` is the LS cohort: no other has LS requests."""
+    return any(cohort.chunks[0].request.latency_sensitive for cohort in cohorts)
+
+
 def load_of(chunks: Sequence[Chunk]) -> Load:
     """The work of `chunks` in one pass."""
     rows = decode_rows = sampled = kv_tokens = pairs = 0

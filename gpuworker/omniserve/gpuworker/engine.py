@@ -158,6 +158,7 @@ class Engine:
             self._be_cohort = None
         if ls is not None or self._state.ls_running:
             self._stages.wait()  # what LS streams wait for is to be known
+            self._counters.bubble_ns = self._stages.bubble_ns
         elapsed = self._clock_ns() - decided_ns
         self._counters.passes += ls is not None
         self._counters.busy_ns += elapsed

@@ -76,14 +76,18 @@ class Load(NamedTuple):
 class Staircase:
     """Time of a stage against rows, as a list over every row count up to the largest measured.
 
-    Between measured counts it is interpolated. It never falls: what was measured lower with more
-    rows was measured on a quieter host.
+    Between measured counts it is interpolated; where rows are `padded` to these, it is that of the
+    next one, and boarding what a bucket has left is free. It never falls: what was measured lower
+    with more rows was measured on a quieter host.
     """
 
-    def __init__(self, rows: tuple[int, ...], times_ns: tuple[float, ...]) -> None:
+    def __init__(self, rows: tuple[int, ...], times_ns: tuple[float, ...], padded: bool) -> None:
         steps = np.maximum.accumulate(np.asarray(times_ns, dtype=np.float64))
         counts = np.arange(rows[-1] + 1)
-        self._ns: list[float] = np.interp(counts, rows, steps).tolist()
+        of_counts = steps[np.searchsorted(rows, counts)]
+        if not padded:
+            of_counts = np.interp(counts, rows, steps)
+        self._ns: list[float] = of_counts.tolist()
         self._ns[0] = 0.0
         self._last = rows[-1]
 
@@ -118,9 +122,9 @@ class LatencyModel:
     def __init__(self, profile: LatencyProfile, layers: int) -> None:
         self.profile = profile
         self.layers = layers
-        self.first = Staircase(profile.rows, profile.first_stage_ns)
-        self.middle = Staircase(profile.rows, profile.middle_stage_ns)
-        self.last = Staircase(profile.rows, profile.last_stage_ns)
+        self.first = Staircase(profile.rows, profile.first_stage_ns, profile.padded)
+        self.middle = Staircase(profile.rows, profile.middle_stage_ns, profile.padded)
+        self.last = Staircase(profile.rows, profile.last_stage_ns, profile.padded)
         self._factors = [[1.0] * _SIZES for _ in Regime]
         self._seen = [[0] * _SIZES for _ in Regime]
 

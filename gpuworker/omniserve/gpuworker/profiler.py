@@ -13,6 +13,7 @@ from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.requests import Request
 from omniserve.latency import LatencyProfile
 
+# Where the device pads stages to counts of its own, those instead.
 _ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 # Few passes sample more rows than this; the LM head costs as much as many layers.
 _SAMPLED_MAX = 128
@@ -37,17 +38,18 @@ def measure(
     middle: list[float] = []
     last: list[float] = []
     until = time.monotonic() + _TIME_S
-    for rows in _ROWS:
+    counts = device.padded_counts or _ROWS
+    for rows in counts:
         if time.monotonic() > until:
             break
         stages = _Stages(device, rows)
         repeats = _REPEATS if rows <= 64 else 2
-        first.append(_undisturbed_ns(stages.first, repeats))
+        first.append(_undisturbed_ns(device, stages.first, repeats))
         middle.append(_middle_ns(device, stages) or first[-1])
         if rows <= _SAMPLED_MAX:
-            last.append(_undisturbed_ns(stages.last, repeats))
+            last.append(_undisturbed_ns(device, stages.last, repeats))
         else:
-            last.append(last[-1] * rows / _ROWS[len(last) - 1])
+            last.append(last[-1] * rows / counts[len(last) - 1])
     room = pages * page_tokens // _DECODE_ROWS
     context = min(_CONTEXT, room, device.config.context_tokens)
     row_ns, token_ns = _decode_attention(device, context, page_tokens)
@@ -57,13 +59,14 @@ def measure(
         hardware=hardware,
         model=model,
         dtype=str(device.dtype).removeprefix("torch."),
-        rows=_ROWS[: len(first)],
+        rows=tuple(counts[: len(first)]),
         first_stage_ns=tuple(first),
         middle_stage_ns=tuple(middle),
         last_stage_ns=tuple(last),
         attend_row_ns=row_ns,
         attend_kv_token_ns=token_ns,
         attend_pair_ns=pair_ns,
+        padded=bool(device.padded_counts),
     )
 
 
@@ -87,7 +90,7 @@ def _middle_ns(device: Device, stages: _Stages) -> float:
     other processes only ever add.
     """
     layers = range(device.config.layers - 1)
-    samples = [_undisturbed_ns(partial(stages.middle, layer), 1) for layer in layers]
+    samples = [_undisturbed_ns(device, partial(stages.middle, layer), 1) for layer in layers]
     return float(np.percentile(samples, 25)) if samples else 0.0
 
 
@@ -148,16 +151,17 @@ def _attention_ns(device: Device, cohort: Cohort) -> float:
         device.attend(next(layers), cohort)
         device.wait(_nothing)
 
-    return _undisturbed_ns(attend, 2 * _REPEATS)
+    return _undisturbed_ns(device, attend, 2 * _REPEATS)
 
 
 def _nothing() -> None:
     """There is nothing to do meanwhile."""
 
 
-def _undisturbed_ns(work: Callable[[], object], repeats: int) -> float:
+def _undisturbed_ns(device: Device, work: Callable[[], object], repeats: int) -> float:
     """Least of `repeats` times: other processes only ever add."""
-    work()
+    for _ in range(device.untypical_runs):
+        work()
     times = []
     for _ in range(repeats):
         start = time.perf_counter_ns()

@@ -63,8 +63,8 @@ class WorkerSettings(ServiceSettings):
         description="Serve no longer requests than this, of models with contexts that memory has "
         "no room for; 0 is the model's own context.",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "bfloat16", description="Of weights, activations and KV."
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "bfloat16", description="Of weights, activations and KV; float16 with device cuda only."
     )
     kv_dtype: Literal["auto", "int8"] = Field(
         "auto",

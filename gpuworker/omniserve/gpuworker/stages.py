@@ -49,6 +49,11 @@ class StageRunner:
         self._afterwards = afterwards
         self._layers = device.config.layers
 
+    @property
+    def bubble_ns(self) -> int:
+        """See Device."""
+        return self._device.bubble_ns
+
     def run(self, stage: int, cohorts: Sequence[Cohort], boarded: Rows) -> Finished | None:
         """Takes all rows through `stage` and sends boarded rows away.
 

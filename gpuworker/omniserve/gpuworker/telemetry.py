@@ -29,6 +29,7 @@ class Counters:
     prefix_cache_query_tokens: int = 0
     prefix_cache_hit_tokens: int = 0
     busy_ns: int = 0
+    bubble_ns: int = 0
     ls_started: int = 0
     ls_queue_ns: int = 0
 
@@ -73,6 +74,7 @@ def snapshot(
         prefix_cache_query_tokens=counters.prefix_cache_query_tokens,
         prefix_cache_hit_tokens=counters.prefix_cache_hit_tokens,
         busy_ns=counters.busy_ns,
+        bubble_ns=counters.bubble_ns,
         ls_started=counters.ls_started,
         ls_queue_ns=counters.ls_queue_ns,
         ls_running=len(state.ls_running),

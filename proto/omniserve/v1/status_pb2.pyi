@@ -63,7 +63,7 @@ class TokensByPath(_message.Message):
     def __init__(self, device_resident: _Optional[int] = ..., boarded: _Optional[int] = ..., be_only: _Optional[int] = ...) -> None: ...
 
 class Telemetry(_message.Message):
-    __slots__ = ("taken_monotonic_ns", "passes", "ls_stages", "be_only_stages", "boarded_rows", "be_only_rows", "ring_waits", "recomputed_tokens", "ls_output_tokens", "be_output_tokens", "be_tokens_by_path", "demotions", "promotions", "checkpointed_tokens", "busy_ns", "prefix_cache_query_tokens", "prefix_cache_hit_tokens", "ls_running", "ls_waiting", "be_device_resident", "be_waiting", "rows_parked", "rows_away", "device_blocks_total", "device_blocks_free", "ls_prefill_tokens_waiting", "decode_pass_ms", "prefill_token_ms", "kv_checkpoint_lag_tokens", "ls_started", "ls_queue_ns")
+    __slots__ = ("taken_monotonic_ns", "passes", "ls_stages", "be_only_stages", "boarded_rows", "be_only_rows", "ring_waits", "recomputed_tokens", "ls_output_tokens", "be_output_tokens", "be_tokens_by_path", "demotions", "promotions", "checkpointed_tokens", "busy_ns", "bubble_ns", "prefix_cache_query_tokens", "prefix_cache_hit_tokens", "ls_running", "ls_waiting", "be_device_resident", "be_waiting", "rows_parked", "rows_away", "device_blocks_total", "device_blocks_free", "ls_prefill_tokens_waiting", "decode_pass_ms", "prefill_token_ms", "kv_checkpoint_lag_tokens", "ls_started", "ls_queue_ns")
     TAKEN_MONOTONIC_NS_FIELD_NUMBER: _ClassVar[int]
     PASSES_FIELD_NUMBER: _ClassVar[int]
     LS_STAGES_FIELD_NUMBER: _ClassVar[int]
@@ -79,6 +79,7 @@ class Telemetry(_message.Message):
     PROMOTIONS_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     BUSY_NS_FIELD_NUMBER: _ClassVar[int]
+    BUBBLE_NS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_QUERY_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFIX_CACHE_HIT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LS_RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -110,6 +111,7 @@ class Telemetry(_message.Message):
     promotions: int
     checkpointed_tokens: int
     busy_ns: int
+    bubble_ns: int
     prefix_cache_query_tokens: int
     prefix_cache_hit_tokens: int
     ls_running: int
@@ -126,7 +128,7 @@ class Telemetry(_message.Message):
     kv_checkpoint_lag_tokens: int
     ls_started: int
     ls_queue_ns: int
-    def __init__(self, taken_monotonic_ns: _Optional[int] = ..., passes: _Optional[int] = ..., ls_stages: _Optional[int] = ..., be_only_stages: _Optional[int] = ..., boarded_rows: _Optional[int] = ..., be_only_rows: _Optional[int] = ..., ring_waits: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., ls_output_tokens: _Optional[int] = ..., be_output_tokens: _Optional[int] = ..., be_tokens_by_path: _Optional[_Union[TokensByPath, _Mapping]] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ..., checkpointed_tokens: _Optional[int] = ..., busy_ns: _Optional[int] = ..., prefix_cache_query_tokens: _Optional[int] = ..., prefix_cache_hit_tokens: _Optional[int] = ..., ls_running: _Optional[int] = ..., ls_waiting: _Optional[int] = ..., be_device_resident: _Optional[int] = ..., be_waiting: _Optional[int] = ..., rows_parked: _Optional[int] = ..., rows_away: _Optional[int] = ..., device_blocks_total: _Optional[int] = ..., device_blocks_free: _Optional[int] = ..., ls_prefill_tokens_waiting: _Optional[int] = ..., decode_pass_ms: _Optional[float] = ..., prefill_token_ms: _Optional[float] = ..., kv_checkpoint_lag_tokens: _Optional[int] = ..., ls_started: _Optional[int] = ..., ls_queue_ns: _Optional[int] = ...) -> None: ...
+    def __init__(self, taken_monotonic_ns: _Optional[int] = ..., passes: _Optional[int] = ..., ls_stages: _Optional[int] = ..., be_only_stages: _Optional[int] = ..., boarded_rows: _Optional[int] = ..., be_only_rows: _Optional[int] = ..., ring_waits: _Optional[int] = ..., recomputed_tokens: _Optional[int] = ..., ls_output_tokens: _Optional[int] = ..., be_output_tokens: _Optional[int] = ..., be_tokens_by_path: _Optional[_Union[TokensByPath, _Mapping]] = ..., demotions: _Optional[int] = ..., promotions: _Optional[int] = ..., checkpointed_tokens: _Optional[int] = ..., busy_ns: _Optional[int] = ..., bubble_ns: _Optional[int] = ..., prefix_cache_query_tokens: _Optional[int] = ..., prefix_cache_hit_tokens: _Optional[int] = ..., ls_running: _Optional[int] = ..., ls_waiting: _Optional[int] = ..., be_device_resident: _Optional[int] = ..., be_waiting: _Optional[int] = ..., rows_parked: _Optional[int] = ..., rows_away: _Optional[int] = ..., device_blocks_total: _Optional[int] = ..., device_blocks_free: _Optional[int] = ..., ls_prefill_tokens_waiting: _Optional[int] = ..., decode_pass_ms: _Optional[float] = ..., prefill_token_ms: _Optional[float] = ..., kv_checkpoint_lag_tokens: _Optional[int] = ..., ls_started: _Optional[int] = ..., ls_queue_ns: _Optional[int] = ...) -> None: ...
 
 class AttentionServerStatus(_message.Message):
     __slots__ = ("server_id", "pid", "rows", "kv_bytes_read", "pages_total", "pages_free", "errors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +10,8 @@ import numpy.typing as npt
 import torch
 
 from omniserve.attnkernel import DenseModel, PagedKv, Slots, StageRows, Threads, WorkerLink
-from omniserve.gpuworker.cohort import Cohort
+from omniserve.gpuworker.cohort import Cohort, has_ls
+from omniserve.gpuworker.device.bubbles import Bubbles
 from omniserve.gpuworker.device.port import DONE, Event, KvPlaces, ParkedRows
 from omniserve.gpuworker.device.rows import CohortRows, Part
 from omniserve.gpuworker.model.config import ModelConfig
@@ -23,6 +25,9 @@ _SPIN_US = 50
 
 class CpuDevice:
     """See Device."""
+
+    padded_counts: Sequence[int] = ()
+    untypical_runs = 1
 
     def __init__(
         self,
@@ -56,7 +61,12 @@ class CpuDevice:
             pool,
             kv_dtype,
         )
+        self._bubbles = Bubbles(time.perf_counter_ns, lambda since, until: until - since)
         self.transfers = CpuTransfers(self._kv)
+
+    @property
+    def bubble_ns(self) -> int:
+        return self._bubbles.total_ns
 
     def serve(self, links: Sequence[WorkerLink]) -> None:
         self._parked = StageRows(self._residual, [_slots(link) for link in links])
@@ -65,6 +75,7 @@ class CpuDevice:
         return True
 
     def run(self, stage: int, cohorts: Sequence[Cohort], parked: ParkedRows | None) -> Event:
+        self._bubbles.begin(stage, has_ls(cohorts))
         parts = [self._held(cohort).all for cohort in cohorts]
         self._dense.run(stage, parts + self._parts(parked))
         return DONE
@@ -82,6 +93,7 @@ class CpuDevice:
             cohort.first_position,
             self.config.window_tokens(layer),
         )
+        self._bubbles.end()
 
     def finish(
         self,
@@ -90,6 +102,7 @@ class CpuDevice:
         wanted: npt.NDArray[np.bool_],
         meanwhile: Callable[[], None],  # noqa: ARG002
     ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
+        self._bubbles.begin(self.config.layers, has_ls(cohorts))
         parts = [self._held(cohort).sampled for cohort in cohorts] + self._parts(parked)
         rows = len(wanted)
         best = np.empty(rows, dtype=np.int64)
@@ -102,8 +115,9 @@ class CpuDevice:
         self._dense.finish(parts, best, logits, wanted)
         return best, logits
 
-    def wait(self, meanwhile: Callable[[], None]) -> None:
+    def wait(self, meanwhile: Callable[[], None]) -> None:  # noqa: ARG002
         """Nothing is ever under way."""
+        self._bubbles.settle()
 
     def _held(self, cohort: Cohort) -> CohortRows:
         if cohort.held is None:

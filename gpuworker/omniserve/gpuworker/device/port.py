@@ -83,6 +83,18 @@ class Device(Protocol):
 
     config: ModelConfig
     dtype: torch.dtype
+    padded_counts: Sequence[int]
+    """Row counts that stages are padded to, ascending; more rows, and all if empty, are not."""
+    untypical_runs: int
+    """How often a kind of stage has to run before it takes as long as it will."""
+
+    @property
+    def bubble_ns(self) -> int:
+        """How long it has had nothing to do between two stages of a pass with LS rows.
+
+        Grows with `wait`: only then is it known.
+        """
+        ...
 
     @property
     def transfers(self) -> KvTransfers: ...

@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 
 from omniserve.attnkernel import WorkerLink
-from omniserve.gpuworker.cohort import Cohort
+from omniserve.gpuworker.cohort import Cohort, has_ls
+from omniserve.gpuworker.device.bubbles import Bubbles
 from omniserve.gpuworker.device.cuda.batch import (
     Batch,
     Boarded,
@@ -84,6 +85,9 @@ class Sizes(NamedTuple):
 class CudaDevice:
     """See Device."""
 
+    # A graph is made, and launched, when its stage is met for the second time.
+    untypical_runs = 2
+
     def __init__(
         self,
         gpu: Gpu,
@@ -105,6 +109,8 @@ class CudaDevice:
         self._inbound = gpu.stream(priority=-1)
         self._outbound = gpu.stream(priority=-1)
         self._graphs = StageGraphs(self._model, self._stage, rows_max)
+        self.padded_counts: Sequence[int] = self._graphs.counts
+        self._bubbles = Bubbles(self._model.mark, lambda since, until: until.ns_since(since))
         self._index = Index(gpu, rows_max)
         scratch = self._store.scratch_row
         self._batches = [Batch(gpu, rows_max, scratch) for _ in range(RUN_AHEAD + 1)]
@@ -125,6 +131,10 @@ class CudaDevice:
         )
         gpu.wait()  # weights and zeros were written by another stream
 
+    @property
+    def bubble_ns(self) -> int:
+        return self._bubbles.total_ns
+
     def serve(self, links: Sequence[WorkerLink]) -> None:
         # One that is replaced takes its slots with it, and pages of its requests are somebody
         # else's from now on.
@@ -143,7 +153,7 @@ class CudaDevice:
             held = self._held(cohort)
             held.batch_first, at = at, at + held.rows
             parts.append(held.all)
-        batch = self._launch(stage, parts + _parts(parked))
+        batch = self._launch(stage, parts + _parts(parked), has_ls(cohorts))
         if not batch.boarded:
             return batch.computed
         self._outbound.wait(batch.computed)
@@ -158,6 +168,7 @@ class CudaDevice:
     def attend(self, layer: int, cohort: Cohort) -> None:
         held = self._held(cohort)
         self._model.launch(partial(self._attend, layer, held, held.batch_first))
+        self._bubbles.end()
 
     def finish(
         self,
@@ -167,18 +178,19 @@ class CudaDevice:
         meanwhile: Callable[[], None],
     ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
         parts = [self._held(cohort).sampled for cohort in cohorts] + _parts(parked)
-        most = self._sizes.sampled_rows
+        most, in_pass = self._sizes.sampled_rows, has_ls(cohorts)
         if len(wanted) <= most:
-            return self._sample(parts, wanted, meanwhile)
+            return self._sample(parts, in_pass, wanted, meanwhile)
         found = []
         for first in range(0, len(wanted), most):
             rows = slice(first, first + most)
-            best, logits = self._sample(_sliced(parts, rows), wanted[rows], meanwhile)
+            best, logits = self._sample(_sliced(parts, rows), in_pass, wanted[rows], meanwhile)
             found.append((best, logits.clone()))
         return np.concatenate([best for best, _ in found]), torch.cat([rows for _, rows in found])
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
         self._until(self._model.record(), meanwhile)
+        self._bubbles.settle()
 
     def _held(self, cohort: Cohort) -> CudaCohortRows:
         if cohort.held is None:
@@ -189,7 +201,7 @@ class CudaDevice:
     def _enter(self, cohort: Cohort) -> CudaCohortRows:
         """Gives the rows of `cohort`, which is to run stage 0, their places."""
         assert cohort.rows <= self._sizes.cohort_rows, "a cohort that has no room"
-        lane = int(not cohort.chunks[0].request.latency_sensitive)
+        lane = int(not has_ls([cohort]))
         # The last one of its kind may have been called off before the device began with it.
         self._until(self._entered[lane], _nothing)
         places = np.stack([cohort.pages, cohort.offsets])
@@ -203,7 +215,7 @@ class CudaDevice:
         self._entered[lane] = self._model.record()
         return held
 
-    def _launch(self, stage: int, parts: Sequence[CudaPart]) -> Batch:
+    def _launch(self, stage: int, parts: Sequence[CudaPart], in_pass: bool) -> Batch:
         batch = self._batches.pop(0)
         assert batch.is_free(), "a stage further ahead than the host may be"
         self._batches.append(batch)
@@ -215,6 +227,7 @@ class CudaDevice:
                 self._inbound.launch(partial(self._fetch, batch, boarded, out))
         self._model.wait(self._inbound.record())
         self._model.wait(self._qkv_sent[stage % _QKV_BUFFERS])
+        self._bubbles.begin(stage, in_pass)
         self._model.launch(partial(self._index.load, batch))
         self._graphs.launch(stage, batch.padded)
         batch.computed = batch.sent = self._model.record()
@@ -223,12 +236,13 @@ class CudaDevice:
     def _sample(
         self,
         parts: Sequence[CudaPart],
+        in_pass: bool,
         wanted: npt.NDArray[np.bool_],
         meanwhile: Callable[[], None],
     ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
         while not self.has_room():
             meanwhile()
-        batch = self._launch(self.config.layers, parts)
+        batch = self._launch(self.config.layers, parts, in_pass)
         copied = [(at, row) for at, row in enumerate(batch.order.tolist()) if wanted[row]]
         self._model.launch(partial(self._download, batch.rows, copied))
         self.wait(meanwhile)

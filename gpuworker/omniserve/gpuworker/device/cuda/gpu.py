@@ -7,7 +7,7 @@ events allow. `TorchGpu` is the real one; no GPU has run it yet.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy.typing as npt
 import torch
@@ -18,12 +18,24 @@ Work = Callable[[], object]
 """Enqueues operations on tensors of the device; runs when it is launched, not when it is done."""
 
 
+class Mark(Event, Protocol):
+    """An event with the device's time."""
+
+    def ns_since(self, earlier: Self) -> int:
+        """Time from `earlier`, of the same device; both must be done."""
+        ...
+
+
 class Stream(Protocol):
     """Work in its order. Two streams know of one another through events alone."""
 
     def launch(self, work: Work) -> None: ...
 
     def record(self) -> Event: ...
+
+    def mark(self) -> Mark:
+        """A `record` that also keeps the time."""
+        ...
 
     def wait(self, event: Event) -> None:
         """What is launched from now on runs after `event`; the host does not wait."""
@@ -80,6 +92,13 @@ class TorchEvent:
         return bool(self.event.query())
 
 
+class TorchMark(TorchEvent):
+    """See Mark."""
+
+    def ns_since(self, earlier: Self) -> int:
+        return int(earlier.event.elapsed_time(self.event) * 1e6)
+
+
 class TorchStream:
     """See Stream."""
 
@@ -95,6 +114,11 @@ class TorchStream:
         event = torch.cuda.Event()
         event.record(self._stream)
         return TorchEvent(event)
+
+    def mark(self) -> TorchMark:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return TorchMark(event)
 
     def wait(self, event: Event) -> None:
         if isinstance(event, TorchEvent):  # else one that was done before there was anything to do

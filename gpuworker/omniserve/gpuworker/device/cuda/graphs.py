@@ -21,18 +21,19 @@ class StageGraphs:
         """stage: enqueues the work of a stage for so many rows, on memory that stays."""
         self._stream = stream
         self._stage = stage
-        self._counts = [count for count in _COUNTS if count <= rows_max]
+        self.counts = tuple(count for count in _COUNTS if count <= rows_max)
+        """Of the graphs that there may be, ascending."""
         self._graphs: dict[tuple[int, int], Work | None] = {}
 
     def padded(self, rows: int) -> int:
         """Rows of the smallest graph that has room; `rows` itself where none has."""
-        at = int(np.searchsorted(self._counts, rows))
-        return self._counts[at] if at < len(self._counts) else rows
+        at = int(np.searchsorted(self.counts, rows))
+        return self.counts[at] if at < len(self.counts) else rows
 
     def launch(self, stage: int, rows: int) -> None:
         """Launches `stage`; the first time of its kind as it is, which libraries need to set up."""
         work = partial(self._stage, stage, rows)
-        if not self._counts or rows > self._counts[-1]:
+        if not self.counts or rows > self.counts[-1]:
             self._stream.launch(work)
             return
         key = (stage, rows)
