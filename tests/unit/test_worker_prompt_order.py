@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.engine_states import MS, NOW_NS, model, request, states
+from support.engine_states import MS, NOW_NS, model, request, state_with, states, stream
 
 from omniserve.gpuworker.engine_state import EngineState
+from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.prompt_order import Prompt, in_order, prompts
 from omniserve.gpuworker.requests import Place, Request
-
-TTFT_NS = 100 * MS
 
 
 def prompt(name: str, left_ms: float, arrived_ms: int = 0, ttft_ms: int = 100) -> Prompt:
@@ -90,6 +90,17 @@ def test_no_order_has_more_of_them_in_time(burst: list[Prompt]) -> None:
     order = in_order(burst, 1.0, NOW_NS)
     assert sorted(names(order)) == sorted(names(burst))
     assert in_time(order) == max(map(in_time, itertools.permutations(burst)))
+
+
+def test_prompts_take_longer_beside_streams() -> None:
+    waiting = prompt("waiting", 0).request
+    alone = prompts(state_with(waiting), model(), NOW_NS)
+    beside = prompts(state_with(waiting, stream()), model(), NOW_NS)
+    pass_ns = model().pass_ns(Load.decode(100))
+    assert beside[0].left_ns == pytest.approx(alone[0].left_ns / (1 - pass_ns / (100 * MS)))
+    many = [stream(str(index)) for index in range(500)]
+    crowded = prompts(state_with(waiting, *many), model(), NOW_NS)
+    assert crowded[0].left_ns == pytest.approx(2 * alone[0].left_ns)
 
 
 @given(state=states())

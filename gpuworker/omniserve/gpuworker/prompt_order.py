@@ -18,7 +18,7 @@ from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.requests import Request
 
-# Prompts get at least what this part of the time leaves, as passes of streams share with them.
+# Streams count for this part of the time at most: one pass of both costs less than one of each.
 _STREAMS_MOST = 0.5
 # Nobody comes before a prompt that has waited for so many times its TTFT.
 _PATIENCE = 2.0
@@ -48,7 +48,7 @@ def prompts(
 
 
 def in_order(by_deadline: Sequence[Prompt], aim: float, now_ns: int) -> list[Prompt]:
-    """`aim` scales deadlines, see Request.next_deadline_ns."""
+    """By Moore and Hodgson's algorithm; `aim` scales deadlines, see Request.next_deadline_ns."""
     overdue: list[Prompt] = []
     rest: list[Prompt] = []
     for prompt in by_deadline:
