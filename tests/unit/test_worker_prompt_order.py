@@ -12,7 +12,7 @@ from support.engine_states import MS, NOW_NS, model, request, state_with, states
 
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import Load
-from omniserve.gpuworker.prompt_order import Prompt, in_order, prompts
+from omniserve.gpuworker.prompt_order import Prompt, by_deadline, in_order
 from omniserve.gpuworker.requests import Place, Request
 
 
@@ -25,6 +25,7 @@ def prompt(name: str, left_ms: float, arrived_ms: int = 0, ttft_ms: int = 100) -
         latency_sensitive=True,
         arrival_ns=NOW_NS - arrived_ms * MS,
         ttft_slo_ns=ttft_ms * MS,
+        tpot_slo_ns=100 * MS,
     )
     return Prompt(made, left_ms * MS)
 
@@ -94,12 +95,12 @@ def test_no_order_has_more_of_them_in_time(burst: list[Prompt]) -> None:
 
 def test_prompts_take_longer_beside_streams() -> None:
     waiting = prompt("waiting", 0).request
-    alone = prompts(state_with(waiting), model(), NOW_NS)
-    beside = prompts(state_with(waiting, stream()), model(), NOW_NS)
+    alone = by_deadline(state_with(waiting), model())
+    beside = by_deadline(state_with(waiting, stream()), model())
     pass_ns = model().pass_ns(Load.decode(100))
     assert beside[0].left_ns == pytest.approx(alone[0].left_ns / (1 - pass_ns / (100 * MS)))
     many = [stream(str(index)) for index in range(500)]
-    crowded = prompts(state_with(waiting, *many), model(), NOW_NS)
+    crowded = by_deadline(state_with(waiting, *many), model())
     assert crowded[0].left_ns == pytest.approx(2 * alone[0].left_ns)
 
 
@@ -107,8 +108,9 @@ def test_prompts_take_longer_beside_streams() -> None:
 def test_every_prompt_of_a_state_has_its_place(state: EngineState) -> None:
     latency = model()
     held = [r for r in state.ls_running if r.generated == 0]
-    assert same(prompts(state, latency, NOW_NS), held)
-    assert same(prompts(state, latency, NOW_NS, waiting=True), [*held, *state.ls_waiting])
+    assert same(in_order(by_deadline(state, latency), 0.8, NOW_NS), held)
+    everyone = in_order(by_deadline(state, latency, waiting=True), 0.8, NOW_NS)
+    assert same(everyone, [*held, *state.ls_waiting])
 
 
 def same(order: Sequence[Prompt], requests: Sequence[Request]) -> bool:

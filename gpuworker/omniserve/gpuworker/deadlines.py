@@ -13,7 +13,7 @@ from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.plan import Plan
-from omniserve.gpuworker.prompt_order import prompts
+from omniserve.gpuworker.prompt_order import by_deadline
 
 # Streams need not be faster than this part of their TPOT while BE rows could run in between. The
 # rest is time in hand for when a burst of prompts takes more than its turn.
@@ -77,13 +77,13 @@ def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
 
     A running stream's slack is never more than what keeps its
     next gap within 2 x TPOT. A prompt's slack is what its TTFT leaves after the prefill of all
-    prompts that come before it and its own, but one TPOT at most: the passes after this one
+    prompts that are due before it and its own, but one TPOT at most: the passes after this one
     have streams to serve that do not run yet.
     """
     aim = 1.0 - state.limits.safety_margin
     slack = streams_slack_ns(state, aim, now_ns)
     prefill_ns = 0.0
-    for request, left_ns in prompts(state, model, now_ns, waiting=True):
+    for request, left_ns in by_deadline(state, model, waiting=True):
         prefill_ns += left_ns
         spare = request.next_deadline_ns(aim) - now_ns - prefill_ns
         slack = min(slack, spare, request.tpot_slo_ns * aim)

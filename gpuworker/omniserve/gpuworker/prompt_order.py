@@ -13,7 +13,6 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.requests import Request
@@ -32,26 +31,26 @@ class Prompt(NamedTuple):
     """What the rest of its prompt takes, beside the streams that run."""
 
 
-def prompts(
-    state: EngineState, model: LatencyModel, now_ns: int, *, waiting: bool = False
-) -> list[Prompt]:
-    """Those that hold memory, with `waiting` also those that do not yet, in their order."""
+def by_deadline(state: EngineState, model: LatencyModel, *, waiting: bool = False) -> list[Prompt]:
+    """Those that hold memory, with `waiting` also those that do not yet."""
     requests = [r for r in state.ls_running if r.known == r.prompt_tokens]
     if waiting:
         requests.extend(state.ls_waiting)
     if not requests:
         return []
     requests.sort(key=Request.next_deadline_ns)
-    aim = 1.0 - state.limits.safety_margin
-    stretch = 1.0 / (1.0 - min(_streams_share(state, model, aim), _STREAMS_MOST))
-    return in_order([Prompt(r, stretch * _left_ns(r, model)) for r in requests], aim, now_ns)
+    stretch = 1.0 / (1.0 - min(_streams_share(state, model), _STREAMS_MOST))
+    return [Prompt(r, stretch * _left_ns(r, model)) for r in requests]
 
 
-def in_order(by_deadline: Sequence[Prompt], aim: float, now_ns: int) -> list[Prompt]:
-    """By Moore and Hodgson's algorithm; `aim` scales deadlines, see Request.next_deadline_ns."""
+def in_order(prompts: Sequence[Prompt], aim: float, now_ns: int) -> list[Prompt]:
+    """`prompts` by deadline in the order of Moore and Hodgson's algorithm.
+
+    `aim` scales deadlines, see Request.next_deadline_ns.
+    """
     overdue: list[Prompt] = []
     rest: list[Prompt] = []
-    for prompt in by_deadline:
+    for prompt in prompts:
         request = prompt.request
         patience_ends = request.arrival_ns + _PATIENCE * request.ttft_slo_ns
         (overdue if now_ns > patience_ends else rest).append(prompt)
@@ -70,14 +69,16 @@ def in_order(by_deadline: Sequence[Prompt], aim: float, now_ns: int) -> list[Pro
     return overdue + in_time + [rest[place] for place in sorted(late)]
 
 
-def _streams_share(state: EngineState, model: LatencyModel, aim: float) -> float:
+def _streams_share(state: EngineState, model: LatencyModel) -> float:
     """Part of the time that streams take while prompts are computed, at a token per TPOT."""
-    streams = [r for r in state.ls_running if r.known > r.prompt_tokens]
-    if not streams:
+    contexts = [r.known for r in state.ls_running if r.known > r.prompt_tokens]
+    if not contexts:
         return 0.0
-    load = load_of([Chunk(r, r.computed, 1) for r in streams])
-    pass_ns = model.pass_ns(load) * model.factor(Regime.LS_DECODE, load.rows)
-    return pass_ns / max(1.0, aim * min([r.tpot_slo_ns for r in streams]))
+    rows = len(contexts)
+    load = Load(rows, rows, rows, sum(contexts), 0)
+    pass_ns = model.pass_ns(load) * model.factor(Regime.LS_DECODE, rows)
+    tpot_ns = min([r.tpot_slo_ns for r in state.ls_running])
+    return pass_ns / max(1.0, tpot_ns * (1.0 - state.limits.safety_margin))
 
 
 def _left_ns(request: Request, model: LatencyModel) -> float:

@@ -16,7 +16,7 @@ from omniserve.gpuworker.deadlines import budget_ns, streams_slack_ns
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.plan import Plan
-from omniserve.gpuworker.prompt_order import prompts
+from omniserve.gpuworker.prompt_order import by_deadline, in_order
 from omniserve.gpuworker.requests import Place, Request
 
 # BE work that attends on the device takes budget that boarding rows could use later in the pass:
@@ -51,16 +51,19 @@ def ls_chunks(
     if len(chunks) == len(state.ls_running):
         return chunks
     load = load_of(chunks)
-    slack = streams_slack_ns(state, 1.0 - state.limits.safety_margin, now_ns)
+    aim = 1.0 - state.limits.safety_margin
+    slack = streams_slack_ns(state, aim, now_ns)
     left = prefill_tokens_max
     least = CHUNK_MIN
-    for request, _ in prompts(state, model, now_ns):
+    for request, _ in in_order(by_deadline(state, model), aim, now_ns):
         limit = min(request.known - request.computed, left)
         fitting = largest_chunk(model, load, request, limit, slack, Regime.LS_PREFILL)
         size = max(fitting, min(limit, least))
         if size == 0:
             break
         chunks.append(Chunk(request, request.computed, size))
+        if size < limit:  # the slack is used up
+            break
         load += prefill_load(request, size)
         left -= size
         least = 0
