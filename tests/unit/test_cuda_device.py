@@ -54,13 +54,6 @@ def test_half_precision_is_as_good_as_its_digits(tmp_path: Path) -> None:
     scenarios.check(reference, tokens[: scenarios.PROMPT], found, tolerance=0.1)
 
 
-def test_the_cpu_back_end_refuses_half_precision(tmp_path: Path) -> None:
-    model, settings = model_of(LLAMA, tmp_path), WorkerSettings(dtype="float16")
-    with pytest.raises(SettingsError, match="no float16") as refused:
-        open_device(settings, model.config, load_weights(model, torch.float16))
-    assert refused.value.field == "dtype"
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_host_without_a_gpu_says_so(tmp_path: Path) -> None:
     model, settings = model_of(LLAMA, tmp_path), WorkerSettings(device="cuda")

@@ -56,7 +56,7 @@ def test_an_unknown_flag_is_refused_by_name(flag: str) -> None:
     [
         ("--threads=0", "threads"),
         ("--threads=two", "threads"),
-        ("--dtype=float16", "dtype"),
+        ("--dtype=float64", "dtype"),
         ("--device=tpu", "device"),
         ("--device-kv-tokens=1", "device_kv_tokens"),
         ("--fault-moves-per-pass=1.5", "fault_moves_per_pass"),

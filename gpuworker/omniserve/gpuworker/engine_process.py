@@ -68,11 +68,7 @@ def run(
 def _start(
     settings: WorkerSettings, channel: EngineChannel, bell: Bell, open_device: OpenDevice
 ) -> Engine:
-    if settings.kernel != "auto":
-        try:
-            attnkernel.use_kernel(settings.kernel)
-        except ValueError as error:
-            raise SettingsError(f"kernel: {error}", field="kernel") from error
+    _check_host(settings)
     model = open_model(settings.model_path, settings.load_format)
     config = model.config
     if settings.context_tokens_max:
@@ -113,6 +109,21 @@ def _start(
     )
     channel.send(engine_pb2.EngineEvent(ready=ready))
     return engine
+
+
+def _check_host(settings: WorkerSettings) -> None:
+    """Takes the kernels that are asked for. Raises SettingsError, with the field, if it cannot.
+
+    Here is what can be found out before a model is read.
+    """
+    if settings.kernel != "auto":
+        try:
+            attnkernel.use_kernel(settings.kernel)
+        except ValueError as error:
+            raise SettingsError(f"kernel: {error}", field="kernel") from error
+    if settings.device == "cpu" and settings.dtype == "float16":
+        message = "dtype: the cpu back end has float32 and bfloat16, no float16"
+        raise SettingsError(message, field="dtype")
 
 
 def _profile(settings: WorkerSettings, device: Device, pages: int) -> LatencyProfile:

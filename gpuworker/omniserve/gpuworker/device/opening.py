@@ -23,9 +23,6 @@ def open_device(settings: WorkerSettings, config: ModelConfig, weights: DecoderW
     """Raises SettingsError, with the field, if this host has no such device."""
     if settings.device == "cuda":
         return _cuda(settings, config, weights)
-    if weights.embedding.dtype == torch.float16:
-        message = "dtype: the cpu back end has float32 and bfloat16, no float16"
-        raise SettingsError(message, field="dtype")
     return CpuDevice(
         config,
         weights,
