@@ -57,7 +57,8 @@ def main() -> int:
         rate = LOAD * saturation
     if rate is not None:
         seeds = range(load.seeds(rate, options.requests))
-        _make_runs(load, rate, seeds, runs, options.policies)
+        configurations = list(_configurations(options.policies, options.headrooms))
+        _make_runs(load, rate, seeds, runs, configurations)
     report = coserve_report.pooled(runs.done, load)
     report |= {"saturation_per_s": saturation, "complete": not runs.exhausted}
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
@@ -67,6 +68,13 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=POLICIES)
+    parser.add_argument(
+        "--headrooms",
+        nargs="+",
+        type=float,
+        default=HEADROOMS,
+        help="of `reserve`; the best counts",
+    )
     parser.add_argument("--runs", type=Path, help="file of finished runs (default: none is kept)")
     parser.add_argument("--runs-max", type=int, default=10_000, help="more runs in this call")
     parser.add_argument("--trace", type=Path, default=TRACE)
@@ -92,23 +100,26 @@ def _make_runs(
     rate: float,
     seeds: Sequence[int],
     runs: Runs,
-    policies: Sequence[str],
+    configurations: Sequence[tuple[str, float | None]],
 ) -> None:
     """All policies with one seed after the other, so that a host's drift meets them alike."""
+    policies = list(dict.fromkeys(policy for policy, _ in configurations))
     for seed in seeds:
-        for policy, headroom in _configurations(policies):
+        for policy, headroom in configurations:
             runs.make(load, policy, headroom, rate, seed)
             if policy == "ls-only" and seed == seeds[0]:
                 for line in coserve_report.rooflines(runs.done, load, policies):
                     print(line, file=sys.stderr, flush=True)
 
 
-def _configurations(policies: Sequence[str]) -> Iterator[tuple[str, float | None]]:
+def _configurations(
+    policies: Sequence[str], headrooms: Sequence[float]
+) -> Iterator[tuple[str, float | None]]:
     """`ls-only` first: the rooflines of the others need what it did."""
     yield "ls-only", None
     for policy in policies:
         if policy == "reserve":
-            yield from ((policy, headroom) for headroom in HEADROOMS)
+            yield from ((policy, headroom) for headroom in headrooms)
         elif policy != "ls-only":
             yield policy, None
 

@@ -50,6 +50,8 @@ class Slo:
     tpot_ms: float
 
 
+BE_STREAM_INTERVAL_MS = 10_000
+"""As the control plane asks for the items of jobs."""
 NO_HURRY = Slo(ttft_ms=3_600_000, tpot_ms=60_000)
 """For LS requests of which only the throughput counts."""
 
@@ -131,6 +133,7 @@ class Load:
             service_class=best_effort if arrival.best_effort else latency_sensitive,
             sampling=types_pb2.SamplingParams(max_tokens=arrival.output_tokens, ignore_eos=True),
             slo=types_pb2.Slo(ttft_ms=self._slo.ttft_ms, tpot_ms=self._slo.tpot_ms),
+            stream_interval_ms=BE_STREAM_INTERVAL_MS if arrival.best_effort else 0,
         )
 
 

@@ -54,6 +54,18 @@ def test_a_worker_that_is_told_to_end_finishes_ls_and_hands_best_effort_back() -
         assert stack.worker.process.wait(60.0) == 0
 
 
+def test_a_worker_that_is_told_to_end_sends_what_best_effort_tokens_have_gathered() -> None:
+    with WorkerStack(servers=0, worker_flags={"drain-s": 120}) as stack:
+        prompt = real_prompts()[1]
+        options = {"best_effort": True, "ignore_eos": True, "stream_interval_ms": 3_600_000}
+        best_effort = stack.start(prompt, 2000, **options)
+        running = stack.start(prompt, 100, ignore_eos=True)
+        stack.wait_until("best-effort tokens", lambda s: s.telemetry.be_output_tokens >= 5)
+        stack.worker.process.send_signal(signal.SIGTERM)
+        best_effort.read(5)
+        running.finish()
+
+
 def test_an_engine_that_makes_no_progress_is_not_serving_until_it_goes_on(tmp_path: Path) -> None:
     with Stack(tmp_path) as store:
         flags = TinyModel(tmp_path).flags() | {"redis-url": store.redis_url}

@@ -131,6 +131,18 @@ def test_stop_strings_and_logprobs_hold_for_items_too(controlplane: ControlPlane
     assert [-entry.logprob for entry in result.logprobs] == list(range(len(result.token_ids)))
 
 
+def test_workers_gather_the_tokens_of_items_unless_these_have_stop_strings(
+    stack: Stack, controlplane: ControlPlane
+) -> None:
+    job = items(2)
+    job[1].sampling.stop.append("never said")
+    job_id = submit(controlplane, job)
+    assert len(results(controlplane, job_id)) == 2
+    logs = "".join(process.log_path.read_text() for process in stack.processes)
+    assert f"{job_id}:0 every 10000 ms" in logs
+    assert f"{job_id}:1 every 0 ms" in logs
+
+
 def test_a_bad_item_refuses_the_job_and_is_named(controlplane: ControlPlane) -> None:
     good = items(3)
     error = submit_error(controlplane, [*good, jobs_pb2.JobItem(text="")])

@@ -2,7 +2,8 @@
 
 A token depends on all tokens before it, so a stream that lost or repeated one ends differently.
 Requests outlive broken calls, as a worker's do during its orphan lease. As many tokens of a prompt
-are cached as its tenant's name has letters.
+are cached as its tenant's name has letters. Tokens are sent at once, but stderr tells how often
+each call wanted them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import base64
 import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -87,6 +89,8 @@ class StandinWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def Generate(  # noqa: N802
         self, request: worker_pb2.WorkerServiceGenerateRequest, context: Any
     ) -> AsyncIterator[worker_pb2.WorkerServiceGenerateResponse]:
+        wanted = f"{request.request_id} every {request.stream_interval_ms} ms"
+        print(wanted, file=sys.stderr, flush=True)
         if request.prompt_token_ids[0] == REFUSED_TOKEN:
             await abort_aio(context, InvalidArgumentError("refused token", field="token_ids.ids"))
         if len(request.prompt_token_ids) > self.options.prompt_tokens_max:

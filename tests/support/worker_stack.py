@@ -201,6 +201,7 @@ class WorkerStack:
         resume_offset: int = 0,
         tenant: str = "",
         generated_tokens: int = 0,
+        stream_interval_ms: int = 0,
         **sampling: Any,
     ) -> Stream:
         """Submits a request; returns at once."""
@@ -218,6 +219,7 @@ class WorkerStack:
             resume_offset=resume_offset,
             tenant=tenant,
             generated_tokens=generated_tokens,
+            stream_interval_ms=stream_interval_ms,
         )
         stub = worker_pb2_grpc.WorkerServiceStub(channel) if channel else self.stub
         return Stream(stub.Generate(request), request.request_id)

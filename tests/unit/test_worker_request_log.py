@@ -39,6 +39,18 @@ def test_the_end_releases_what_has_gathered() -> None:
     asyncio.run(read())
 
 
+def test_a_log_that_holds_nothing_back_releases_at_once_what_it_has_and_gets() -> None:
+    async def read() -> None:
+        log = RequestLog("r", interval_s=3600.0)
+        log.append(7, None)
+        log.hold_nothing_back()
+        assert log.released == 1
+        log.append(8, None)
+        assert log.released == 2
+
+    asyncio.run(read())
+
+
 def test_a_later_reader_gets_what_was_released_before() -> None:
     async def read() -> None:
         log = RequestLog("r", interval_s=0.01)

@@ -52,6 +52,7 @@ class Dispatcher:
         tokenizer: Tokenizer,
         *,
         window_items: int,
+        stream_interval_s: float,
         renew_s: float,
         reclaim_s: float,
     ) -> None:
@@ -59,6 +60,7 @@ class Dispatcher:
         self._router = router
         self._tokenizer = tokenizer
         self._window_items = window_items
+        self._stream_interval_ms = round(1e3 * stream_interval_s)
         self._renew_s = renew_s
         self._reclaim_s = reclaim_s
         self._consumer = uuid.uuid4().hex
@@ -138,16 +140,19 @@ class Dispatcher:
 
     async def _generate(self, run: Run) -> jobs_pb2.JobResult:
         worker = self._router.pick(be_cost)
+        request = run.entry.request
+        # Until it ends only a stop string makes a difference, and only we would see it.
+        request.stream_interval_ms = 0 if request.sampling.stop else self._stream_interval_ms
         stream = TokenStream(
             self._router,
             worker,
-            run.entry.request,
+            request,
             cost=be_cost,
             patience_s=math.inf,
             stop_tokens=self._tokenizer.stop_tokens,
         )
         run.stream = stream
-        answer = AnswerText(self._tokenizer.detokenizer(), run.entry.request.sampling.stop)
+        answer = AnswerText(self._tokenizer.detokenizer(), request.sampling.stop)
         pieces: list[Piece] = []
         logprobs: list[types_pb2.TokenLogprobs] = []
         reason = types_pb2.FINISH_REASON_UNSPECIFIED
@@ -170,7 +175,7 @@ class Dispatcher:
         if reason == types_pb2.FINISH_REASON_CANCELLED:
             # Nobody cancels a job's item but us: the worker let it go, so it runs again.
             raise NoWorkerError("the worker dropped it")
-        prompt_tokens = len(run.entry.request.prompt_token_ids)
+        prompt_tokens = len(request.prompt_token_ids)
         pieces.append(answer.flush())
         token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
         return jobs_pb2.JobResult(

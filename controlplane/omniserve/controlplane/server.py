@@ -76,6 +76,7 @@ async def serve(settings: Settings) -> None:
         router,
         words,
         window_items=settings.job_window_items,
+        stream_interval_s=settings.job_stream_interval_s,
         renew_s=settings.job_renew_s,
         reclaim_s=settings.job_reclaim_s,
     )

@@ -65,6 +65,10 @@ class Settings(ServiceSettings):
     """Unfinished items of all jobs together."""
     job_window_items: int = Field(64, ge=1)
     """Items that this process has at workers at one time."""
+    job_stream_interval_s: float = Field(10.0, ge=0, le=3600)
+    """How often workers send an item's tokens; 0 leaves it to them. Nobody reads these before its
+    end: they spare a worker work when the one before it is lost. Items with stop strings have the
+    workers' interval, as only this process sees a stop string."""
     job_renew_s: float = Field(1.0, gt=0)
     """How often it tells the queue that it still works on them."""
     job_reclaim_s: float = Field(10.0, gt=0)

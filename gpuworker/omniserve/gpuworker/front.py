@@ -81,9 +81,12 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests and waits for the running LS ones.
 
-        BE is not waited for: where its streams break off, control planes go on elsewhere.
+        BE is not waited for: where its streams break off, control planes go on elsewhere, behind
+        the tokens that have come by now.
         """
         self._draining = True
+        for log in self._logs.values():
+            log.hold_nothing_back()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while any(not (log.best_effort or log.ended) for log in self._logs.values()):
             if asyncio.get_running_loop().time() >= deadline:
@@ -215,7 +218,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         interval_s = self._settings.be_stream_interval_s if best_effort else 0.0
         log = RequestLog(
             request.request_id,
-            interval_s,
+            request.stream_interval_ms / 1e3 or interval_s,
             best_effort=best_effort,
             generated_before=request.generated_tokens,
         )

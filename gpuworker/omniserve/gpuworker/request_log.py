@@ -63,6 +63,11 @@ class RequestLog:
         self.error = error
         self._release()
 
+    def hold_nothing_back(self) -> None:
+        """Releases what has gathered, and from now on every token at once."""
+        self._interval_s = 0.0
+        self._release()
+
     async def wait_beyond(self, offset: int) -> None:
         """Returns when over `offset` tokens are released, or the request has ended."""
         while self.released <= offset and not self.ended:

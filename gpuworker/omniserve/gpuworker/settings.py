@@ -128,8 +128,8 @@ class WorkerSettings(ServiceSettings):
     be_stream_interval_s: float = Field(
         1.0,
         ge=0,
-        description="Tokens of a BE request are sent about this often: a message costs CPU time "
-        "in each process that it passes.",
+        description="Tokens of a BE request are sent about this often, unless it says how often "
+        "itself, as jobs do: a message costs CPU time in each process that it passes.",
     )
     fault_moves_per_pass: float = Field(
         0.0,

@@ -26,7 +26,7 @@ from omniserve.v1 import status_pb2 as omniserve_dot_v1_dot_status__pb2
 from omniserve.v1 import types_pb2 as omniserve_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"omniserve/internal/v1/worker.proto\x12\x15omniserve.internal.v1\x1a\x19omniserve/v1/status.proto\x1a\x18omniserve/v1/types.proto\"\x90\x02\n\x1cWorkerServiceGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\rservice_class\x18\x03 \x01(\x0e\x32\x1a.omniserve.v1.ServiceClass\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.omniserve.v1.SamplingParams\x12\x1e\n\x03slo\x18\x05 \x01(\x0b\x32\x11.omniserve.v1.Slo\x12\x15\n\rresume_offset\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x18\n\x10generated_tokens\x18\x08 \x01(\r\"\xbb\x01\n\x1dWorkerServiceGenerateResponse\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.omniserve.v1.TokenLogprobs\"0\n\x1aWorkerServiceCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"0\n\x1bWorkerServiceCancelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"8\n\x10SetLimitsRequest\x12$\n\x06limits\x18\x01 \x01(\x0b\x32\x14.omniserve.v1.Limits\"\x13\n\x11SetLimitsResponse\"\x18\n\x16GetWorkerStatusRequest\"\xa1\x01\n\x17GetWorkerStatusResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.omniserve.v1.WorkerStatus\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x15\n\rls_tokens_max\x18\x04 \x01(\r\x12\x1c\n\x14\x62\x65_prompt_tokens_max\x18\x05 \x01(\r2\xcb\x03\n\rWorkerService\x12w\n\x08Generate\x12\x33.omniserve.internal.v1.WorkerServiceGenerateRequest\x1a\x34.omniserve.internal.v1.WorkerServiceGenerateResponse0\x01\x12o\n\x06\x43\x61ncel\x12\x31.omniserve.internal.v1.WorkerServiceCancelRequest\x1a\x32.omniserve.internal.v1.WorkerServiceCancelResponse\x12^\n\tSetLimits\x12\'.omniserve.internal.v1.SetLimitsRequest\x1a(.omniserve.internal.v1.SetLimitsResponse\x12p\n\x0fGetWorkerStatus\x12-.omniserve.internal.v1.GetWorkerStatusRequest\x1a..omniserve.internal.v1.GetWorkerStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"omniserve/internal/v1/worker.proto\x12\x15omniserve.internal.v1\x1a\x19omniserve/v1/status.proto\x1a\x18omniserve/v1/types.proto\"\xac\x02\n\x1cWorkerServiceGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x03(\r\x12\x31\n\rservice_class\x18\x03 \x01(\x0e\x32\x1a.omniserve.v1.ServiceClass\x12.\n\x08sampling\x18\x04 \x01(\x0b\x32\x1c.omniserve.v1.SamplingParams\x12\x1e\n\x03slo\x18\x05 \x01(\x0b\x32\x11.omniserve.v1.Slo\x12\x15\n\rresume_offset\x18\x06 \x01(\r\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x18\n\x10generated_tokens\x18\x08 \x01(\r\x12\x1a\n\x12stream_interval_ms\x18\t \x01(\r\"\xbb\x01\n\x1dWorkerServiceGenerateResponse\x12\x0e\n\x06offset\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\x31\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1a.omniserve.v1.FinishReason\x12\x15\n\rcached_tokens\x18\x05 \x01(\r\x12-\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1b.omniserve.v1.TokenLogprobs\"0\n\x1aWorkerServiceCancelRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"0\n\x1bWorkerServiceCancelResponse\x12\x11\n\tcancelled\x18\x01 \x01(\x08\"8\n\x10SetLimitsRequest\x12$\n\x06limits\x18\x01 \x01(\x0b\x32\x14.omniserve.v1.Limits\"\x13\n\x11SetLimitsResponse\"\x18\n\x16GetWorkerStatusRequest\"\xa1\x01\n\x17GetWorkerStatusResponse\x12*\n\x06status\x18\x01 \x01(\x0b\x32\x1a.omniserve.v1.WorkerStatus\x12\x16\n\x0e\x63ontext_tokens\x18\x02 \x01(\r\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x15\n\rls_tokens_max\x18\x04 \x01(\r\x12\x1c\n\x14\x62\x65_prompt_tokens_max\x18\x05 \x01(\r2\xcb\x03\n\rWorkerService\x12w\n\x08Generate\x12\x33.omniserve.internal.v1.WorkerServiceGenerateRequest\x1a\x34.omniserve.internal.v1.WorkerServiceGenerateResponse0\x01\x12o\n\x06\x43\x61ncel\x12\x31.omniserve.internal.v1.WorkerServiceCancelRequest\x1a\x32.omniserve.internal.v1.WorkerServiceCancelResponse\x12^\n\tSetLimits\x12\'.omniserve.internal.v1.SetLimitsRequest\x1a(.omniserve.internal.v1.SetLimitsResponse\x12p\n\x0fGetWorkerStatus\x12-.omniserve.internal.v1.GetWorkerStatusRequest\x1a..omniserve.internal.v1.GetWorkerStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'omniserve.internal.v1.worke
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERSERVICEGENERATEREQUEST']._serialized_start=115
-  _globals['_WORKERSERVICEGENERATEREQUEST']._serialized_end=387
-  _globals['_WORKERSERVICEGENERATERESPONSE']._serialized_start=390
-  _globals['_WORKERSERVICEGENERATERESPONSE']._serialized_end=577
-  _globals['_WORKERSERVICECANCELREQUEST']._serialized_start=579
-  _globals['_WORKERSERVICECANCELREQUEST']._serialized_end=627
-  _globals['_WORKERSERVICECANCELRESPONSE']._serialized_start=629
-  _globals['_WORKERSERVICECANCELRESPONSE']._serialized_end=677
-  _globals['_SETLIMITSREQUEST']._serialized_start=679
-  _globals['_SETLIMITSREQUEST']._serialized_end=735
-  _globals['_SETLIMITSRESPONSE']._serialized_start=737
-  _globals['_SETLIMITSRESPONSE']._serialized_end=756
-  _globals['_GETWORKERSTATUSREQUEST']._serialized_start=758
-  _globals['_GETWORKERSTATUSREQUEST']._serialized_end=782
-  _globals['_GETWORKERSTATUSRESPONSE']._serialized_start=785
-  _globals['_GETWORKERSTATUSRESPONSE']._serialized_end=946
-  _globals['_WORKERSERVICE']._serialized_start=949
-  _globals['_WORKERSERVICE']._serialized_end=1408
+  _globals['_WORKERSERVICEGENERATEREQUEST']._serialized_end=415
+  _globals['_WORKERSERVICEGENERATERESPONSE']._serialized_start=418
+  _globals['_WORKERSERVICEGENERATERESPONSE']._serialized_end=605
+  _globals['_WORKERSERVICECANCELREQUEST']._serialized_start=607
+  _globals['_WORKERSERVICECANCELREQUEST']._serialized_end=655
+  _globals['_WORKERSERVICECANCELRESPONSE']._serialized_start=657
+  _globals['_WORKERSERVICECANCELRESPONSE']._serialized_end=705
+  _globals['_SETLIMITSREQUEST']._serialized_start=707
+  _globals['_SETLIMITSREQUEST']._serialized_end=763
+  _globals['_SETLIMITSRESPONSE']._serialized_start=765
+  _globals['_SETLIMITSRESPONSE']._serialized_end=784
+  _globals['_GETWORKERSTATUSREQUEST']._serialized_start=786
+  _globals['_GETWORKERSTATUSREQUEST']._serialized_end=810
+  _globals['_GETWORKERSTATUSRESPONSE']._serialized_start=813
+  _globals['_GETWORKERSTATUSRESPONSE']._serialized_end=974
+  _globals['_WORKERSERVICE']._serialized_start=977
+  _globals['_WORKERSERVICE']._serialized_end=1436
 # @@protoc_insertion_point(module_scope)

@@ -9,7 +9,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class WorkerServiceGenerateRequest(_message.Message):
-    __slots__ = ("request_id", "prompt_token_ids", "service_class", "sampling", "slo", "resume_offset", "tenant", "generated_tokens")
+    __slots__ = ("request_id", "prompt_token_ids", "service_class", "sampling", "slo", "resume_offset", "tenant", "generated_tokens", "stream_interval_ms")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     SERVICE_CLASS_FIELD_NUMBER: _ClassVar[int]
@@ -18,6 +18,7 @@ class WorkerServiceGenerateRequest(_message.Message):
     RESUME_OFFSET_FIELD_NUMBER: _ClassVar[int]
     TENANT_FIELD_NUMBER: _ClassVar[int]
     GENERATED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STREAM_INTERVAL_MS_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
     service_class: _types_pb2.ServiceClass
@@ -26,7 +27,8 @@ class WorkerServiceGenerateRequest(_message.Message):
     resume_offset: int
     tenant: str
     generated_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., service_class: _Optional[_Union[_types_pb2.ServiceClass, str]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., resume_offset: _Optional[int] = ..., tenant: _Optional[str] = ..., generated_tokens: _Optional[int] = ...) -> None: ...
+    stream_interval_ms: int
+    def __init__(self, request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., service_class: _Optional[_Union[_types_pb2.ServiceClass, str]] = ..., sampling: _Optional[_Union[_types_pb2.SamplingParams, _Mapping]] = ..., slo: _Optional[_Union[_types_pb2.Slo, _Mapping]] = ..., resume_offset: _Optional[int] = ..., tenant: _Optional[str] = ..., generated_tokens: _Optional[int] = ..., stream_interval_ms: _Optional[int] = ...) -> None: ...
 
 class WorkerServiceGenerateResponse(_message.Message):
     __slots__ = ("offset", "token_ids", "finish_reason", "cached_tokens", "logprobs")
