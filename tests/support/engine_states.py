@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from omniserve.gpuworker import deadlines
 from omniserve.gpuworker.engine_state import EngineState, Limits
 from omniserve.gpuworker.latency_model import LatencyModel, Load
+from omniserve.gpuworker.ls_view import look
 from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.plan import Plan
 from omniserve.gpuworker.policies import POLICIES, Options
+from omniserve.gpuworker.prompt_order import by_deadline
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.latency import LatencyProfile
 
@@ -206,3 +209,9 @@ def state_with(*ls: Request, be: tuple[Request, ...] = ()) -> EngineState:
     state.ls_running.extend(ls)
     state.be_device.extend(be)
     return state
+
+
+def budget_ns(state: EngineState, latency: LatencyModel, now_ns: int) -> float:
+    """What the next pass may take for LS's sake."""
+    view = look(state)
+    return deadlines.budget_ns(view, by_deadline(view, latency, waiting=True), now_ns)

@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
-from support.engine_states import LAYERS, MS, PAGE_TOKENS, PROFILE, STAGES
+from support.engine_states import LAYERS, MS, PAGE_TOKENS, PROFILE, STAGES, budget_ns
 
 from omniserve.gpuworker import be_stages, deadlines
 from omniserve.gpuworker.cohort import Chunk, load_of
@@ -369,7 +369,7 @@ class Simulation:
     def _check_plan(self, plan: Plan) -> None:
         decoding = [r for r in self.state.ls_running if r.generated]
         if decoding and plan.regime >= Regime.BE_STAGE:
-            slack = deadlines.budget_ns(self.state, self.model, self.now_ns)
+            slack = budget_ns(self.state, self.model, self.now_ns)
             assert not plan.ls
             assert plan.predicted_ns <= slack, "a stream cannot wait for this stage"
         else:

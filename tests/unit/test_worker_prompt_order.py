@@ -12,6 +12,7 @@ from support.engine_states import MS, NOW_NS, model, request, state_with, states
 
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import Load
+from omniserve.gpuworker.ls_view import look
 from omniserve.gpuworker.prompt_order import Prompt, by_deadline, in_order
 from omniserve.gpuworker.requests import Place, Request
 
@@ -95,12 +96,12 @@ def test_no_order_has_more_of_them_in_time(burst: list[Prompt]) -> None:
 
 def test_prompts_take_longer_beside_streams() -> None:
     waiting = prompt("waiting", 0).request
-    alone = by_deadline(state_with(waiting), model())
-    beside = by_deadline(state_with(waiting, stream()), model())
+    alone = by_deadline(look(state_with(waiting)), model())
+    beside = by_deadline(look(state_with(waiting, stream())), model())
     pass_ns = model().pass_ns(Load.decode(100))
     assert beside[0].left_ns == pytest.approx(alone[0].left_ns / (1 - pass_ns / (100 * MS)))
     many = [stream(str(index)) for index in range(500)]
-    crowded = by_deadline(state_with(waiting, *many), model())
+    crowded = by_deadline(look(state_with(waiting, *many)), model())
     assert crowded[0].left_ns == pytest.approx(2 * alone[0].left_ns)
 
 
@@ -108,8 +109,8 @@ def test_prompts_take_longer_beside_streams() -> None:
 def test_every_prompt_of_a_state_has_its_place(state: EngineState) -> None:
     latency = model()
     held = [r for r in state.ls_running if r.generated == 0]
-    assert same(in_order(by_deadline(state, latency), 0.8, NOW_NS), held)
-    everyone = in_order(by_deadline(state, latency, waiting=True), 0.8, NOW_NS)
+    assert same(in_order(by_deadline(look(state), latency), 0.8, NOW_NS), held)
+    everyone = in_order(by_deadline(look(state), latency, waiting=True), 0.8, NOW_NS)
     assert same(everyone, [*held, *state.ls_waiting])
 
 

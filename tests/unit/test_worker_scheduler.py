@@ -15,6 +15,7 @@ from support.engine_states import (
     PAGE_TOKENS,
     PREFILL_MAX,
     STAGES,
+    budget_ns,
     model,
     plan_for,
     request,
@@ -24,7 +25,7 @@ from support.engine_states import (
 )
 
 from omniserve.gpuworker.cohort import Chunk, load_of
-from omniserve.gpuworker.deadlines import Arrival, budget_ns, must_call_off, must_yield
+from omniserve.gpuworker.deadlines import Arrival, must_call_off, must_yield
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.parking import StageCounts

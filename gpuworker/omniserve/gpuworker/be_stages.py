@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from omniserve.gpuworker import boarding, deadlines
-from omniserve.gpuworker.cohort import Chunk, load_of
+from omniserve.gpuworker.cohort import Chunk
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
 from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.plan import Plan, Run
-from omniserve.gpuworker.scheduler import CHUNK_MIN, added_ns, be_chunks, cost_ns, ls_regime
+from omniserve.gpuworker.scheduler import CHUNK_MIN, LsWork, added_ns, be_chunks, cost_ns
 
 # Stages of parked rows follow one another for so long before requests and memory are looked at.
 _RUN_NS = 10_000_000
@@ -36,15 +36,14 @@ def best_effort_only(
 ) -> Plan | None:
     """With no LS row: a BE cohort's pass or, where most rows are parked, a stage of them."""
     stages = range(max(state.be_cohort_stage, 0), state.stages)
-    if state.be_cohort_stage >= 0:
-        chunks, load = [], state.be_cohort
-    else:
+    chunks: list[Chunk] = []
+    load = state.be_cohort
+    if state.be_cohort_stage < 0:
         # Who waits for memory gets it between two passes: then they must be short.
         most = prefill_tokens_max
         if state.ls_waiting:
             most = min(most, max(state.limits.be_prefill_tokens, CHUNK_MIN))
-        chunks = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
-        load = load_of(chunks)
+        chunks, load = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
     if boards and load.rows == load.decode_rows and load.rows < state.parked.rows:
         until_ns = now_ns + (0 if state.ls_waiting else _RUN_NS)
         return _be_stage(state, model, now_ns, chunks, load, until_ns)
@@ -69,27 +68,25 @@ def best_effort_only(
     )
 
 
-def between_passes(
-    state: EngineState, model: LatencyModel, now_ns: int, ls: list[Chunk]
-) -> Plan | None:
+def between_passes(state: EngineState, model: LatencyModel, now_ns: int, ls: LsWork) -> Plan | None:
     """A stage of BE rows alone that runs well, while all LS streams can wait for their pass.
 
     LS rows share their passes, and BE rows a stage, with more of their kind.
     """
-    if not state.parked.rows or ls_regime(ls) is not Regime.LS_DECODE:
+    if ls.regime is not Regime.LS_DECODE or not state.parked.rows:
         return None
     ready = int(state.parked.ready.max())
-    if not boarding.are_good(ready, state.parked, model) or not _pays(model, ready, len(ls)):
+    if not boarding.are_good(ready, state.parked, model) or not _pays(model, ready, ls.load.rows):
         return None
-    pause = deadlines.pause_ns(state, cost_ns(model, load_of(ls), Regime.LS_DECODE), now_ns)
+    pause = deadlines.pause_ns(ls.view, cost_ns(model, ls.load, Regime.LS_DECODE), now_ns)
     if pause <= 0:
         return None
-    decodes = state.be_cohort.decode_rows == state.be_cohort.rows
-    if state.be_cohort_stage >= 0:
-        chunks, load = [], state.be_cohort if decodes else Load()
-    else:
-        chunks = be_chunks(state, model, Load(), float("inf"), 0, Regime.BE_STAGE)
-        load = load_of(chunks)
+    chunks: list[Chunk] = []
+    load = state.be_cohort
+    if load.decode_rows < load.rows:
+        load = Load()
+    if state.be_cohort_stage < 0:
+        chunks, load = be_chunks(state, model, Load(), float("inf"), 0, Regime.BE_STAGE)
     return _be_stage(state, model, now_ns, chunks, load, now_ns + pause)
 
 

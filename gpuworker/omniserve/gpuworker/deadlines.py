@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from omniserve.gpuworker.cohort import Chunk, load_of
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
+from omniserve.gpuworker.ls_view import LsView
 from omniserve.gpuworker.plan import Plan
-from omniserve.gpuworker.prompt_order import by_deadline
+from omniserve.gpuworker.prompt_order import Prompt
 
 # Streams need not be faster than this part of their TPOT while BE rows could run in between. The
 # rest is time in hand for when a burst of prompts takes more than its turn.
@@ -72,49 +73,31 @@ def must_call_off(state: EngineState, model: LatencyModel, now_ns: int) -> bool:
     return waiting.next_deadline_ns(aim) - now_ns < left_ns + prefill_ns
 
 
-def budget_ns(state: EngineState, model: LatencyModel, now_ns: int) -> float:
+def budget_ns(ls: LsView, prompts: Sequence[Prompt], now_ns: int) -> float:
     """Least slack over LS requests: what the next pass may take.
 
     A running stream's slack is never more than what keeps its
     next gap within 2 x TPOT. A prompt's slack is what its TTFT leaves after the prefill of all
     prompts that are due before it and its own, but one TPOT at most: the passes after this one
     have streams to serve that do not run yet.
+
+    prompts: all of them by deadline, also those that hold no memory yet.
     """
-    aim = 1.0 - state.limits.safety_margin
-    slack = streams_slack_ns(state, aim, now_ns)
+    slack = ls.due_ns - now_ns
     prefill_ns = 0.0
-    for request, left_ns in by_deadline(state, model, waiting=True):
+    for request, left_ns in prompts:
         prefill_ns += left_ns
-        spare = request.next_deadline_ns(aim) - now_ns - prefill_ns
-        slack = min(slack, spare, request.tpot_slo_ns * aim)
+        spare = request.next_deadline_ns(ls.aim) - now_ns - prefill_ns
+        slack = min(slack, spare, request.tpot_slo_ns * ls.aim)
     return slack
 
 
-def pause_ns(state: EngineState, pass_ns: float, now_ns: int) -> float:
+def pause_ns(ls: LsView, pass_ns: float, now_ns: int) -> float:
     """How long a pass of the decode rows of all streams, which takes `pass_ns`, may wait.
 
     Nothing while a prompt waits.
     """
-    if state.ls_waiting or any([r.known == r.prompt_tokens for r in state.ls_running]):
+    if ls.waiting or ls.prompts:
         return 0.0
-    aim = 1.0 - state.limits.safety_margin
-    tpot_ns = min([r.tpot_slo_ns for r in state.ls_running])
-    gap_ns = min(_PACE * aim * tpot_ns, _PAUSE_PASSES * pass_ns)
-    paced_ns = min([r.last_token_ns for r in state.ls_running]) + gap_ns - now_ns
-    return min(paced_ns, streams_slack_ns(state, aim, now_ns)) - pass_ns
-
-
-def streams_slack_ns(state: EngineState, aim: float, now_ns: int) -> float:
-    """Least time until a running stream's next token is due, or its gap exceeds 2 x TPOT."""
-    due = float("inf")
-    for r in state.ls_running:
-        generated = r.known - r.prompt_tokens
-        if generated:
-            tpot = aim * r.tpot_slo_ns
-            deadline = r.first_token_ns + generated * tpot
-            gap_ends = r.last_token_ns + 2 * tpot
-            if deadline < due:
-                due = deadline
-            if gap_ends < due:
-                due = gap_ends
-    return due - now_ns
+    gap_ns = min(_PACE * ls.aim * ls.tpot_slo_ns, _PAUSE_PASSES * pass_ns)
+    return min(ls.last_token_ns + gap_ns, ls.due_ns) - now_ns - pass_ns

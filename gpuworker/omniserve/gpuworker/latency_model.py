@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -59,6 +60,9 @@ class Load(NamedTuple):
             self.decode_kv_tokens + other.decode_kv_tokens,
             self.prefill_kv_pairs + other.prefill_kv_pairs,
         )
+
+    def __sub__(self, other: Load) -> Load:
+        return Load(*map(operator.sub, self, other))
 
     @staticmethod
     def decode(context_tokens: int) -> Load:

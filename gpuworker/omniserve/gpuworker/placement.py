@@ -85,7 +85,8 @@ class _Decision:
         self._held = state.be_blocks
         share = state.limits.be_device_kv_share if rules.be_share is None else rules.be_share
         self._held_max = int(state.blocks_total * share)
-        self._residents = [r for r in state.be_device if r.place is Place.DEVICE]
+        on_device = Place.DEVICE
+        self._residents = [r for r in state.be_device if r.place is on_device]
         """Oldest first."""
         self._prefilling = len(self._residents) < len(state.be_device)
 
@@ -103,7 +104,8 @@ class _Decision:
 
     def _leave(self) -> None:
         host_only = self._rules.placement == "host"
-        for request in self._residents[::-1]:
+        residents = self._residents[::-1]
+        for request in residents if host_only else [r for r in residents if r.leaving]:
             if request.leaving:
                 if not request.in_cohort and self._host.is_mirrored(request):
                     self._demote(request)

@@ -13,8 +13,8 @@ import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
+from omniserve.gpuworker.ls_view import LsView
 from omniserve.gpuworker.requests import Request
 
 # Streams count for this part of the time at most: one pass of both costs less than one of each.
@@ -31,15 +31,13 @@ class Prompt(NamedTuple):
     """What the rest of its prompt takes, beside the streams that run."""
 
 
-def by_deadline(state: EngineState, model: LatencyModel, *, waiting: bool = False) -> list[Prompt]:
+def by_deadline(ls: LsView, model: LatencyModel, *, waiting: bool = False) -> list[Prompt]:
     """Those that hold memory, with `waiting` also those that do not yet."""
-    requests = [r for r in state.ls_running if r.known == r.prompt_tokens]
-    if waiting:
-        requests.extend(state.ls_waiting)
+    requests = [*ls.prompts, *ls.waiting] if waiting else ls.prompts
     if not requests:
         return []
-    requests.sort(key=Request.next_deadline_ns)
-    stretch = 1.0 / (1.0 - min(_streams_share(state, model), _STREAMS_MOST))
+    requests = sorted(requests, key=Request.next_deadline_ns)
+    stretch = 1.0 / (1.0 - min(_streams_share(ls, model), _STREAMS_MOST))
     return [Prompt(r, stretch * _left_ns(r, model)) for r in requests]
 
 
@@ -69,16 +67,12 @@ def in_order(prompts: Sequence[Prompt], aim: float, now_ns: int) -> list[Prompt]
     return overdue + in_time + [rest[place] for place in sorted(late)]
 
 
-def _streams_share(state: EngineState, model: LatencyModel) -> float:
+def _streams_share(ls: LsView, model: LatencyModel) -> float:
     """Part of the time that streams take while prompts are computed, at a token per TPOT."""
-    contexts = [r.known for r in state.ls_running if r.known > r.prompt_tokens]
-    if not contexts:
+    if not ls.streams:
         return 0.0
-    rows = len(contexts)
-    load = Load(rows, rows, rows, sum(contexts), 0)
-    pass_ns = model.pass_ns(load) * model.factor(Regime.LS_DECODE, rows)
-    tpot_ns = min([r.tpot_slo_ns for r in state.ls_running])
-    return pass_ns / max(1.0, tpot_ns * (1.0 - state.limits.safety_margin))
+    pass_ns = model.pass_ns(ls.load) * model.factor(Regime.LS_DECODE, ls.load.rows)
+    return pass_ns / max(1.0, ls.tpot_slo_ns * ls.aim)
 
 
 def _left_ns(request: Request, model: LatencyModel) -> float:

@@ -9,14 +9,17 @@ together from the parts here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import NamedTuple
 
 from omniserve.gpuworker import boarding
-from omniserve.gpuworker.cohort import Chunk, load_of
-from omniserve.gpuworker.deadlines import budget_ns, streams_slack_ns
+from omniserve.gpuworker.cohort import Chunk
+from omniserve.gpuworker.deadlines import budget_ns
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.latency_model import LatencyModel, Load, Regime
+from omniserve.gpuworker.ls_view import LsView, look
 from omniserve.gpuworker.plan import Plan
-from omniserve.gpuworker.prompt_order import by_deadline, in_order
+from omniserve.gpuworker.prompt_order import Prompt, by_deadline, in_order
 from omniserve.gpuworker.requests import Place, Request
 
 # BE work that attends on the device takes budget that boarding rows could use later in the pass:
@@ -24,6 +27,21 @@ from omniserve.gpuworker.requests import Place, Request
 DEVICE_BE_SHARE = 0.7
 # A chunk that is sure to run is at least this large: the most urgent LS prompt would starve.
 CHUNK_MIN = 16
+
+
+class LsWork(NamedTuple):
+    """What LS does in the next pass: a step of every stream, and prompt chunks behind these."""
+
+    chunks: list[Chunk]
+    load: Load
+    view: LsView
+    prompts: list[Prompt]
+    """Those that hold memory, by deadline."""
+
+    @property
+    def regime(self) -> Regime:
+        """Of a pass with this alone."""
+        return Regime.LS_PREFILL if self.prompts else Regime.LS_DECODE
 
 
 def largest(limit: int, fits: Callable[[int], bool]) -> int:
@@ -43,31 +61,36 @@ def largest(limit: int, fits: Callable[[int], bool]) -> int:
     return low
 
 
-def ls_chunks(
+def ls_work(
     state: EngineState, model: LatencyModel, now_ns: int, prefill_tokens_max: int
-) -> list[Chunk]:
-    """All LS decode rows, and as many prompt tokens as the running streams' slack allows."""
-    chunks = [Chunk(r, r.computed, 1) for r in state.ls_running if r.known > r.prompt_tokens]
-    if len(chunks) == len(state.ls_running):
-        return chunks
-    load = load_of(chunks)
-    aim = 1.0 - state.limits.safety_margin
-    slack = streams_slack_ns(state, aim, now_ns)
+) -> LsWork | None:
+    """All LS decode rows, and as many prompt tokens as the running streams' slack allows.
+
+    None if no LS request holds memory.
+    """
+    if not state.ls_running:
+        return None
+    view = look(state)
+    if not view.prompts:
+        return LsWork(view.streams, view.load, view, [])
+    prompts = by_deadline(view, model)
+    chunks, load = view.streams.copy(), view.load
+    slack = view.due_ns - now_ns
     left = prefill_tokens_max
     least = CHUNK_MIN
-    for request, _ in in_order(by_deadline(state, model), aim, now_ns):
+    for request, _ in in_order(prompts, view.aim, now_ns):
         limit = min(request.known - request.computed, left)
         fitting = largest_chunk(model, load, request, limit, slack, Regime.LS_PREFILL)
         size = max(fitting, min(limit, least))
         if size == 0:
             break
         chunks.append(Chunk(request, request.computed, size))
+        load += prefill_load(request, size)
         if size < limit:  # the slack is used up
             break
-        load += prefill_load(request, size)
         left -= size
         least = 0
-    return chunks
+    return LsWork(chunks, load, view, prompts)
 
 
 def be_chunks(
@@ -77,16 +100,18 @@ def be_chunks(
     budget: float,
     prefill_tokens: int,
     regime: Regime,
-) -> list[Chunk]:
+) -> tuple[list[Chunk], Load]:
     """BE prefill first (it feeds both decode paths), then device-resident decode rows.
 
-    They cost, with `load`, at most `budget`.
+    Returns their chunks and what these add to `load`: with it they cost at most `budget`.
     """
+    alone = load
     chunks: list[Chunk] = []
     decoding: list[Request] = []
+    on_device, page_tokens = Place.DEVICE, state.page_tokens
     for request in state.be_device:
-        if request.place is Place.DEVICE:
-            if not request.leaving and len(request.blocks) * state.page_tokens > request.computed:
+        if request.place is on_device:
+            if not request.leaving and len(request.blocks) * page_tokens > request.computed:
                 decoding.append(request)
         elif not chunks:
             rest = min(request.known - request.computed, prefill_tokens)
@@ -94,18 +119,14 @@ def be_chunks(
             if size:
                 chunks.append(Chunk(request, request.computed, size))
                 load += prefill_load(request, size)
-    if not decoding:
-        return chunks
-    contexts = [0]
-    for request in decoding:
-        contexts.append(contexts[-1] + request.known)
+    contexts = list(accumulate([r.known for r in decoding], initial=0))
 
-    def fits(n: int) -> bool:
-        return cost_ns(model, load + Load(n, n, n, contexts[n], 0), regime) <= budget
+    def beside(n: int) -> Load:
+        return load + Load(n, n, n, contexts[n], 0)
 
-    fitting = largest(len(decoding), fits)
+    fitting = largest(len(decoding), lambda n: cost_ns(model, beside(n), regime) <= budget)
     chunks.extend([Chunk(r, r.computed, 1) for r in decoding[:fitting]])
-    return chunks
+    return chunks, beside(fitting) - alone
 
 
 def largest_chunk(
@@ -131,7 +152,7 @@ def beside_ls(
     state: EngineState,
     model: LatencyModel,
     now_ns: int,
-    ls: list[Chunk],
+    ls: LsWork,
     *,
     device_share: float = DEVICE_BE_SHARE,
     boards: bool = True,
@@ -140,12 +161,12 @@ def beside_ls(
 
     `device_share` of it is for BE rows that attend on the device, the rest for boarding ones.
     """
-    load = load_of(ls)
-    alone_regime = ls_regime(ls)
+    load, alone_regime = ls.load, ls.regime
     alone = cost_ns(model, load, alone_regime)
-    budget = max(budget_ns(state, model, now_ns), alone)
+    prompts = by_deadline(ls.view, model, waiting=True) if ls.view.waiting else ls.prompts
+    budget = max(budget_ns(ls.view, prompts, now_ns), alone)
     device_budget = alone + (budget - alone) * device_share
-    be: tuple[Chunk, ...] = ()
+    be: list[Chunk] = []
     be_until = 0
     be_ns = 0.0  # uncorrected, of a cohort that runs a part of its stages
     regime = alone_regime
@@ -155,10 +176,10 @@ def beside_ls(
             regime, be_until = Regime.BE_COHORT, state.be_cohort_stage + stages
     else:
         prefill_tokens = state.limits.be_prefill_tokens
-        be = tuple(be_chunks(state, model, load, device_budget, prefill_tokens, Regime.BE_COHORT))
+        be, be_load = be_chunks(state, model, load, device_budget, prefill_tokens, Regime.BE_COHORT)
         if be:
             regime, be_until = Regime.BE_COHORT, state.stages
-            load += load_of(be)
+            load += be_load
     boards = boards and bool(state.be_host)
     if boards and regime is Regime.LS_DECODE:
         regime = Regime.BOARDING
@@ -175,8 +196,8 @@ def beside_ls(
         regime, factor = alone_regime, model.factor(alone_regime, load.rows)
     return Plan(
         range(state.stages),
-        tuple(ls),
-        be,
+        tuple(ls.chunks),
+        tuple(be),
         be_until,
         allowed,
         most if any(allowed) else 0,
@@ -186,12 +207,6 @@ def beside_ls(
         ls_ns=alone,
         predicted_ns=(fixed_ns + boarded_ns) * factor,
     )
-
-
-def ls_regime(ls: Sequence[Chunk]) -> Regime:
-    """Of a pass with `ls` alone."""
-    decode_only = not ls or ls[-1].request.generated > 0  # prompts come last
-    return Regime.LS_DECODE if decode_only else Regime.LS_PREFILL
 
 
 def _resumed(

@@ -26,5 +26,5 @@ class LsOnly(Policy):
         self.rules = replace(self.rules, starts_be=False)
 
     def plan(self, state: EngineState, model: LatencyModel, now_ns: int) -> Plan | None:
-        ls = scheduler.ls_chunks(state, model, now_ns, self.options.prefill_tokens_max)
+        ls = scheduler.ls_work(state, model, now_ns, self.options.prefill_tokens_max)
         return scheduler.beside_ls(state, model, now_ns, ls) if ls else None

@@ -22,7 +22,7 @@ class OmniServe(Policy):
 
     def plan(self, state: EngineState, model: LatencyModel, now_ns: int) -> Plan | None:
         most = self.options.prefill_tokens_max
-        ls = scheduler.ls_chunks(state, model, now_ns, most)
+        ls = scheduler.ls_work(state, model, now_ns, most)
         if ls:
             between = be_stages.between_passes(state, model, now_ns, ls)
             return between or scheduler.beside_ls(state, model, now_ns, ls)

@@ -34,7 +34,7 @@ class Preempt(Policy):
 
     def plan(self, state: EngineState, model: LatencyModel, now_ns: int) -> Plan | None:
         most = self.options.prefill_tokens_max
-        ls = scheduler.ls_chunks(state, model, now_ns, most)
+        ls = scheduler.ls_work(state, model, now_ns, most)
         if ls:
             return scheduler.beside_ls(state, model, now_ns, ls, device_share=1.0, boards=False)
         return be_stages.best_effort_only(state, model, now_ns, most, boards=False)

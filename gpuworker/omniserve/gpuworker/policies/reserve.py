@@ -35,9 +35,9 @@ class Reserve(Policy):
         self._be_rows = max(1, int(share * options.prefill_tokens_max))
 
     def plan(self, state: EngineState, model: LatencyModel, now_ns: int) -> Plan | None:
-        ls = scheduler.ls_chunks(state, model, now_ns, self.options.prefill_tokens_max)
+        ls = scheduler.ls_work(state, model, now_ns, self.options.prefill_tokens_max)
         regime = Regime.BE_COHORT if ls else Regime.BE_PASS
-        chunks = scheduler.be_chunks(state, model, Load(), float("inf"), self._be_rows, regime)
+        chunks, _ = scheduler.be_chunks(state, model, Load(), float("inf"), self._be_rows, regime)
         chunks.sort(key=lambda chunk: chunk.tokens)  # decode rows first; a prompt takes the rest
         be = []
         rows = self._be_rows
@@ -45,15 +45,16 @@ class Reserve(Policy):
             if rows > 0:
                 be.append(chunk._replace(tokens=min(chunk.tokens, rows)))
                 rows -= be[-1].tokens
-        if not ls and not be:
-            return None
         if not be:
-            regime = scheduler.ls_regime(ls)
-        load = load_of([*ls, *be])
+            if ls is None:
+                return None
+            regime = ls.regime
+        ls_chunks = ls.chunks if ls else []
+        load = load_of([*ls_chunks, *be])
         predicted = scheduler.cost_ns(model, load, regime)
         return Plan(
             range(state.stages),
-            tuple(ls),
+            tuple(ls_chunks),
             tuple(be),
             be_until=state.stages,
             preemptible=False,

@@ -31,7 +31,7 @@ class SyncOffload(Policy):
 
     def plan(self, state: EngineState, model: LatencyModel, now_ns: int) -> Plan | None:
         most = self.options.prefill_tokens_max
-        ls = scheduler.ls_chunks(state, model, now_ns, most)
+        ls = scheduler.ls_work(state, model, now_ns, most)
         if ls:
             plan = scheduler.beside_ls(state, model, now_ns, ls, device_share=1.0, boards=False)
             limit = state.limits.be_rows_per_stage
