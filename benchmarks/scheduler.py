@@ -119,6 +119,9 @@ class _Host:
     def is_overdue(self, request: Request) -> bool:  # noqa: ARG002
         return False
 
+    def is_stranded(self, request: Request) -> bool:  # noqa: ARG002
+        return False
+
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST
 

@@ -78,6 +78,7 @@ void bind_link(nb::module_& m) {
       .def_prop_ro("segment_id", &WorkerLink::segment_id)
       .def_prop_ro("epoch", &WorkerLink::epoch)
       .def_prop_ro("outstanding", &WorkerLink::outstanding)
+      .def_prop_ro("current", &WorkerLink::current)
       .def_prop_ro("ring_waits", &WorkerLink::ring_waits)
       .def("submit", &submit, "kind"_a, "layers"_a, "sequences"_a, "positions"_a, "slots"_a,
            "counts"_a = nb::none())

@@ -67,8 +67,8 @@ class ServerLoop {
   bool drain(std::int64_t timeout_ms);
   void stop();
 
-  // Messages of the low ring that are taken at once: enough to keep all threads busy, and no more
-  // than some tens of microseconds that ATTEND might have to wait.
+  // Messages of the low ring that are taken at once, with up to transfer_tokens() tokens each:
+  // enough to keep all threads busy, and few, since ATTEND waits for them.
   static std::size_t low_batch(const shm::Geometry& geometry);
 
   // Grows at least ten times a second while the loop is alive and gets a core.

@@ -22,10 +22,10 @@ WorkerLink::WorkerLink(const std::string& path) : mapping_(Mapping::bare(path)) 
     generation_[s] = segment_.slot(s).request_generation.load(std::memory_order_acquire);
 }
 
-void WorkerLink::check_epoch() const {
-  if (segment_.header().epoch != epoch_ ||
-      segment_.header().ready.load(std::memory_order_acquire) != 1)
-    throw std::runtime_error("the segment was given to another epoch");
+bool WorkerLink::current() const {
+  const shm::Header& header = segment_.header();
+  return header.ready.load(std::memory_order_acquire) == 1 && header.epoch == epoch_ &&
+         header.segment_id == segment_id_;
 }
 
 void WorkerLink::push(Side& side, std::uint64_t entry) {
@@ -45,7 +45,6 @@ bool WorkerLink::flush(Side& side) {
 void WorkerLink::submit(std::uint32_t kind, const std::int32_t* layers,
                         const std::int32_t* sequences, const std::int32_t* positions,
                         const std::int32_t* counts, const std::int32_t* slots, std::size_t n) {
-  check_epoch();
   // Marks slots while it checks, so that a slot named twice is caught too; undone on refusal.
   for (std::size_t i = 0; i < n; ++i) {
     const bool exists = slots[i] >= 0 && static_cast<std::size_t>(slots[i]) < in_use_.size();
@@ -61,6 +60,7 @@ void WorkerLink::submit(std::uint32_t kind, const std::int32_t* layers,
     throw std::runtime_error(name + " has an outstanding message");
   }
   outstanding_ += static_cast<std::uint32_t>(n);
+  if (!current()) return;
   const bool low = kind == shm::kCheckpoint || kind == shm::kRestore;
   Side& side = low ? low_ : request_;
   for (std::size_t i = 0; i < n; ++i) {
@@ -78,6 +78,7 @@ void WorkerLink::submit(std::uint32_t kind, const std::int32_t* layers,
 }
 
 void WorkerLink::poll(std::vector<std::int32_t>& slots, std::vector<std::uint8_t>& statuses) {
+  if (!current()) return;
   if (!request_.kept_back.empty() || !low_.kept_back.empty()) {
     const bool sent = flush(request_);
     if (flush(low_) || sent) ring_bell(segment_.header().doorbell);
@@ -100,7 +101,7 @@ void WorkerLink::check_integrity() const {
   const auto require = [](bool ok, const std::string& what) {
     if (!ok) throw std::runtime_error("worker link: " + what);
   };
-  check_epoch();
+  if (!current()) return;
   require(request_.ring.consistent() && low_.ring.consistent() && responses_.consistent(),
           "a ring holds more than its capacity");
   std::uint32_t in_use = 0;

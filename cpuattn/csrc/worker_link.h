@@ -21,6 +21,9 @@ class WorkerLink {
   std::uint64_t segment_id() const { return segment_id_; }
   std::uint32_t outstanding() const { return outstanding_; }
   std::uint64_t ring_waits() const { return ring_waits_; }
+  // Whether the segment is still the one that was opened. A server that could not adopt it gives
+  // the file to another; this link is then as one to a server that is gone: it answers nothing.
+  bool current() const;
 
   // One message per row, one publication for all. Nothing is sent if any row is refused:
   // std::out_of_range for a slot that does not exist, std::runtime_error for one in use.
@@ -42,7 +45,6 @@ class WorkerLink {
   };
   void push(Side& side, std::uint64_t entry);
   bool flush(Side& side);
-  void check_epoch() const;
 
   Mapping mapping_;
   SegmentView segment_;

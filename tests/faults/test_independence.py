@@ -116,6 +116,29 @@ def test_requests_whose_arena_is_lost_are_computed_again(
     stack.wait_until("recomputed", lambda s: s.telemetry.recomputed_tokens > recomputed)
 
 
+def test_servers_that_cannot_read_their_arenas_any_more_cost_ls_nothing(
+    stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    streams = start_and_decode(stack, prompts)
+    for server in stack.servers:
+        server.kill()
+    for arena in stack.folder.glob("*.arena"):
+        with arena.open("r+b") as segment:
+            segment.write(bytes(8))  # the magic number
+    for server in stack.servers:
+        server.restart()
+    assert len(stack.generate(prompts[0], 32, ignore_eos=True)) == 32
+    assert [s.finish() for s in streams] == expected
+
+
+def test_a_server_that_stays_away_keeps_no_best_effort_from_the_others(
+    prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with WorkerStack(worker_flags={"device-kv-tokens": 1024}) as stack:
+        stack.servers[0].kill()
+        assert [s.finish() for s in start(stack, prompts)] == expected
+
+
 def test_a_server_that_comes_back_empty_unseen_is_attached_again(
     stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:

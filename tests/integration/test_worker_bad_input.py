@@ -97,6 +97,19 @@ def test_a_bad_request_is_refused_by_name_and_hurts_no_other(
     assert len(other.finish()) == 16
 
 
+def test_an_id_that_is_in_use_is_refused_for_another_prompt_or_tenant(stack: WorkerStack) -> None:
+    first = stack.start([5, 6, 7], 16, ignore_eos=True, request_id="taken")
+    for change in ({"prompt": [5, 6, 8]}, {"tenant": "another"}):
+        asked = {"prompt": [5, 6, 7], "max_tokens": 16, "request_id": "taken"} | change
+        code, got, named = refusal(lambda asked=asked: stack.generate(**asked))
+        assert (code, got, named) == (
+            grpc.StatusCode.ALREADY_EXISTS,
+            "REQUEST_EXISTS",
+            "request_id",
+        )
+    assert len(first.finish()) == 16
+
+
 def test_extremes_that_are_allowed_work(stack: WorkerStack) -> None:
     assert len(stack.generate([49151], 3, ignore_eos=True, seed=2**64 - 1, temperature=100.0)) == 3
     assert len(stack.generate([0], 1, ignore_eos=True, temperature=1e-9)) == 1

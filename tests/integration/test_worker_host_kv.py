@@ -30,11 +30,14 @@ class Device:
 
     def __init__(self, server: ServerProcess) -> None:
         g = GEOMETRY
+        self.now_ns = 0
         self.kv = PagedKv(g.layers, g.kv_heads, g.head_dim, g.page_tokens, DEVICE_PAGES, g.dtype)
         self.blocks = DeviceBlocks(
             DEVICE_PAGES, g.page_tokens, g.dtype, prefix_cache=True, exact_host=True
         )
-        self.host = HostKv(CpuTransfers(self.kv), Afterwards(), g.layers, g.page_tokens)
+        self.host = HostKv(
+            CpuTransfers(self.kv), Afterwards(), g.layers, g.page_tokens, lambda: self.now_ns
+        )
         self.host.attach(0, WorkerLink(server.attach().segment_path), PAGES)
         self.requests: list[Request] = []
 
@@ -177,3 +180,23 @@ def test_a_request_that_went_back_to_its_queue_starts_anew_before_its_last_trans
     server.signal(signal.SIGCONT)
     device.mirror(request)
     device.until("the old sequence's end", lambda: not device.host.busy(), lambda: None)
+
+
+def test_a_server_that_stopped_gets_no_new_requests_until_it_answers(
+    device: Device, server: ServerProcess
+) -> None:
+    request = device.request()
+    device.host.reserve(request)
+    device.compute(request)
+    another = Request("another", False, np.zeros(20, np.int64), 10, 0, known=10)
+    server.signal(signal.SIGSTOP)
+    device.checkpoint(request)
+    device.host.poll(device.host.servers[0])
+    assert device.host.can_reserve(another)
+    device.now_ns = 6_000_000_000
+    device.host.poll(device.host.servers[0])
+    assert not device.host.can_reserve(another)
+    assert device.host.is_silent(request)
+    server.signal(signal.SIGCONT)
+    device.mirror(request)
+    assert device.host.can_reserve(another)

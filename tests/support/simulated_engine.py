@@ -111,6 +111,9 @@ class Simulation:
     def is_overdue(self, request: Request) -> bool:  # noqa: ARG002
         return False  # a checkpoint takes an iteration here
 
+    def is_stranded(self, request: Request) -> bool:  # noqa: ARG002
+        return False  # and servers never stop
+
     def is_mirrored(self, request: Request) -> bool:
         done = self._mirrored.get(request, 0) >= request.computed
         return request.server >= 0 and done and self.lot.has_room()

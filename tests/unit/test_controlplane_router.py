@@ -55,6 +55,15 @@ def test_a_submission_counts_until_its_first_token_or_its_end(router: Router) ->
     assert busy.load(8).ls_requests == 3
 
 
+def test_who_is_to_be_avoided_or_about_to_end_is_picked_last(router: Router) -> None:
+    router._workers = {name: worker(name) for name in "abc"}
+    cost = {"a": 1.0, "b": 2.0, "c": 3.0}
+    assert router.pick(lambda w: cost[w.worker_id], avoid={"a", "b"}).worker_id == "c"
+    router._workers["a"].report.draining = True
+    assert router.pick(lambda w: cost[w.worker_id]).worker_id == "b"
+    assert router.pick(lambda w: cost[w.worker_id], avoid={"a", "b", "c"}).worker_id == "a"
+
+
 def test_without_workers_picking_is_a_typed_error(router: Router) -> None:
     with pytest.raises(NoWorkerError):
         router.pick(lambda _worker: 0.0)

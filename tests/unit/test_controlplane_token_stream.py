@@ -35,7 +35,7 @@ class OneToken(worker_pb2_grpc.WorkerServiceServicer):
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[Worker]:
+async def serving(worker_id: str = "w0") -> AsyncIterator[Worker]:
     server = grpc.aio.server()
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(OneToken(), server)
     port = server.add_insecure_port("localhost:0")
@@ -43,7 +43,7 @@ async def serving() -> AsyncIterator[Worker]:
     channel = grpc.aio.insecure_channel(f"localhost:{port}")
     stub = worker_pb2_grpc.WorkerServiceStub(channel)
     report = worker_pb2.GetWorkerStatusResponse()
-    yield Worker("w0", "", channel, stub, report, 0.0, 0.0)
+    yield Worker(worker_id, "", channel, stub, report, 0.0, 0.0)
     await channel.close()
     await server.stop(None)
 
@@ -131,5 +131,37 @@ def test_every_attempt_says_how_many_tokens_came_from_elsewhere() -> None:
         resumed.resume_offset = 5
         attempt = stream_on(worker, request=resumed, base=3)._worker_request()
         assert (attempt.generated_tokens, attempt.resume_offset) == (3, 2)
+
+    run(test)
+
+
+def test_a_lost_worker_is_not_tried_again_while_there_are_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(token_stream, "RETRY_S", 0.01)
+
+    async def test(worker: Worker) -> None:
+        placed: list[str] = []
+        stream = stream_on(
+            worker, patience_s=60.0, placed=lambda tried, _base: placed.append(tried.worker_id)
+        )
+        await worker.channel.close()
+        async with serving("w1") as also_lost, serving("w2") as alive:
+            await also_lost.channel.close()
+            workers = {w.worker_id: w for w in (worker, also_lost, alive)}
+            stream._router._workers.update(workers)
+            assert (await anext(stream.events())).token_ids == [7]
+        assert placed == ["w0", "w1", "w2"]
+
+    run(test)
+
+
+def test_a_cancel_before_the_first_attempt_sends_nothing() -> None:
+    async def test(worker: Worker) -> None:
+        stream = stream_on(worker)
+        await stream.cancel()
+        assert [t.finish_reason async for t in stream.events()] == [
+            types_pb2.FINISH_REASON_CANCELLED
+        ]
 
     run(test)

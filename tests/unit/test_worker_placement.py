@@ -24,6 +24,7 @@ class Host:
     not_at_start: frozenset[str] = frozenset()
     full: bool = False
     overdue: bool = False
+    stopped: bool = False
     asked: list[str] = field(default_factory=list)
 
     def is_mirrored(self, request: Request) -> bool:
@@ -31,6 +32,10 @@ class Host:
 
     def is_overdue(self, request: Request) -> bool:
         return self.overdue and request.leaving and not self.is_mirrored(request)
+
+    def is_stranded(self, request: Request) -> bool:
+        restoring = request.place is Place.RESTORING
+        return self.stopped and (restoring or not self.is_mirrored(request))
 
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST and request.request_id not in self.not_at_start
@@ -47,6 +52,7 @@ def hosts(draw: st.DrawFn) -> Host:
     return Host(
         frozenset(draw(st.sets(st.sampled_from(names)))),
         frozenset(draw(st.sets(st.sampled_from(parked)))),
+        draw(st.booleans()),
         draw(st.booleans()),
         draw(st.booleans()),
     )
@@ -124,7 +130,8 @@ def test_a_request_changes_places_once_and_only_when_it_may_be(
         assert host.is_mirrored(demoted)
         assert not demoted.in_cohort
     for abandoned in moves.abandon:
-        assert abandoned.place is Place.PREFILLING or host.is_overdue(abandoned)
+        waits = host.is_overdue(abandoned) or host.is_stranded(abandoned)
+        assert abandoned.place is Place.PREFILLING or waits
         assert not abandoned.in_cohort
     for promoted in moves.promote:
         assert host.waits_at_start(promoted)
@@ -180,6 +187,34 @@ def test_a_server_that_stopped_does_not_keep_ls_from_memory() -> None:
     assert decide(state, Host(stopped), "auto").abandon == []
     moves = decide(state, Host(stopped, overdue=True), "auto")
     assert (names(moves.abandon), names(moves.leave)) == (["new", "old"], [])
+
+
+def test_who_waits_for_a_server_that_stopped_starts_over_at_another() -> None:
+    leaving = resident("leaving", leaving=True)
+    coming = request("coming", Place.RESTORING, prompt=20, generated=1, server=0, blocks=4)
+    state = state_with(4, leaving, be_host=[coming], be_restoring=[coming])
+    stuck = frozenset({"leaving"})
+    assert decide(state, Host(stuck, overdue=True), "auto").abandon == []
+    assert decide(state, Host(stuck, full=True, stopped=True), "auto").abandon == []
+    assert names(decide(state, Host(stuck, stopped=True), "auto").abandon) == ["leaving", "coming"]
+
+
+def test_a_server_that_stopped_keeps_nobody_from_growing_where_there_is_room() -> None:
+    full = resident("full", 1)
+    full.computed = PAGE_TOKENS
+    state = state_with(1, full)
+    state.limits = Limits(be_device_kv_share=0.0)
+    assert decide(state, Host(frozenset({"full"})), "auto").grow == []
+    assert names(decide(state, Host(frozenset({"full"}), stopped=True), "auto").grow) == ["full"]
+
+
+def test_a_restore_from_a_server_that_stopped_keeps_no_memory_from_ls() -> None:
+    coming = request("coming", Place.RESTORING, prompt=20, generated=1, server=0, blocks=4)
+    waiting = [chat("chat", 4)]
+    state = state_with(0, be_host=[coming], be_restoring=[coming], ls_waiting=waiting)
+    assert decide(state, Host(full=True), "auto").abandon == []
+    stopped = decide(state, Host(full=True, stopped=True), "auto")
+    assert names(stopped.abandon) == ["coming"]
 
 
 def test_a_prompt_is_abandoned_only_when_nothing_else_gives_room() -> None:

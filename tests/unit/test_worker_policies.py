@@ -156,6 +156,9 @@ class Nothing:
     def is_overdue(self, request: Request) -> bool:  # noqa: ARG002
         return False
 
+    def is_stranded(self, request: Request) -> bool:  # noqa: ARG002
+        return False
+
     def waits_at_start(self, request: Request) -> bool:  # noqa: ARG002
         return False
 

@@ -145,7 +145,7 @@ class Model:
     context_tokens: int
     """Prompt plus generated tokens of one request."""
     dtype: str
-    """`float32` or `bfloat16`."""
+    """`float32`, `bfloat16` or `float16`."""
     device: str
     """Kind of device it runs on."""
 

@@ -139,13 +139,12 @@ class Dispatcher:
                 await asyncio.sleep(RETRY_S)
 
     async def _generate(self, run: Run) -> jobs_pb2.JobResult:
-        worker = self._router.pick(be_cost)
         request = run.entry.request
         # Until it ends only a stop string makes a difference, and only we would see it.
         request.stream_interval_ms = 0 if request.sampling.stop else self._stream_interval_ms
         stream = TokenStream(
             self._router,
-            worker,
+            self._router.pick(be_cost),
             request,
             cost=be_cost,
             patience_s=math.inf,
@@ -157,19 +156,15 @@ class Dispatcher:
         logprobs: list[types_pb2.TokenLogprobs] = []
         reason = types_pb2.FINISH_REASON_UNSPECIFIED
         cached_tokens = 0
-        worker.be_in_flight += 1
-        try:
-            async with aclosing(stream.events()) as events:
-                async for event in events:
-                    pieces.append(answer.push(event.token_ids))
-                    logprobs += event.logprobs
-                    reason = event.finish_reason
-                    cached_tokens = event.cached_tokens
-                    if answer.stopped and not reason:
-                        await stream.cancel()  # only we know that it is complete
-                        break
-        finally:
-            worker.be_in_flight -= 1
+        async with aclosing(stream.events()) as events:
+            async for event in events:
+                pieces.append(answer.push(event.token_ids))
+                logprobs += event.logprobs
+                reason = event.finish_reason
+                cached_tokens = event.cached_tokens
+                if answer.stopped and not reason:
+                    await stream.cancel()  # only we know that it is complete
+                    break
         if reason == types_pb2.FINISH_REASON_ERROR:
             return self._failed(run.entry, "the worker could not complete it")
         if reason == types_pb2.FINISH_REASON_CANCELLED:

@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,11 +114,16 @@ class Router:
     def find(self, worker_id: str) -> Worker | None:
         return self._workers.get(worker_id)
 
-    def pick(self, cost: Callable[[Worker], float], avoid: str = "") -> Worker:
-        """Returns the cheapest worker, `avoid` only if there is no other. Raises NoWorkerError."""
+    def pick(self, cost: Callable[[Worker], float], avoid: Collection[str] = frozenset()) -> Worker:
+        """Returns the cheapest worker; one to `avoid`, or that is about to end, only if there is no
+        other. Raises NoWorkerError."""
         if not self._workers:
             raise NoWorkerError(f"no live worker serves {self._model}", retry_after_s=1.0)
-        return min(self.workers, key=lambda worker: (worker.worker_id == avoid, cost(worker)))
+
+        def key(worker: Worker) -> tuple[bool, float]:
+            return worker.worker_id in avoid or worker.report.draining, cost(worker)
+
+        return min(self.workers, key=key)
 
     @contextmanager
     def prefilling(self, worker: Worker, prompt_tokens: int) -> Iterator[Callable[[], None]]:
@@ -164,7 +169,7 @@ class Router:
             if now_s - worker.seen_s > MISSING_GRACE_S:
                 log.warning("worker %s gone", worker.worker_id)
                 del self._workers[worker.worker_id]
-                # Streams still running on it end by themselves or break; close when they have.
+                # Streams still running on it end by themselves, or break when it is closed.
                 _spawn_close(worker.channel)
 
     async def close(self) -> None:

@@ -71,8 +71,9 @@ class Settings(ServiceSettings):
     workers' interval, as only this process sees a stop string."""
     job_renew_s: float = Field(1.0, gt=0)
     """How often it tells the queue that it still works on them."""
-    job_reclaim_s: float = Field(10.0, gt=0)
-    """Items not renewed for this long are taken over: their control plane is dead."""
+    job_reclaim_s: float = Field(5.0, gt=0)
+    """Items not renewed for this long are taken over: their control plane is dead. Within half as
+    long again, which should be before workers' `--orphan-lease-s` has them dropped."""
     job_retention_s: int = Field(86_400, ge=1)
     """How long results are kept after a job's end."""
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -69,6 +70,7 @@ class TokenStream:
         self.worker = worker
         self._router = router
         self._request = request
+        self._best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
         self._cost = cost
         self._patience_s = patience_s
         self._stop_tokens = stop_tokens
@@ -80,6 +82,9 @@ class TokenStream:
         self._seen: list[int] = []
         self._cancelled = False
         self._finished = False
+        self._lost: set[str] = set()
+        """Workers that were lost since the last token: one that is stopping still looks idle."""
+        self._call: Any = None
 
     @property
     def request_id(self) -> str:
@@ -98,12 +103,18 @@ class TokenStream:
     async def cancel(self) -> bool:
         """Ends the request at its worker at once; False if it had ended."""
         self._cancelled = True
-        return await cancel_at(self.worker, self.request_id) or not self._finished
+        cancelled = await cancel_at(self.worker, self.request_id)
+        if cancelled is None and self._call is not None:
+            self._call.cancel()  # the worker ends it when nobody comes back to it
+        return bool(cancelled) or not self._finished
 
     async def events(self) -> AsyncGenerator[Tokens, None]:
         """Raises NoWorkerError after `patience_s` without a worker, else the worker's error."""
         lost_s: float | None = None
         while True:
+            if self._cancelled:
+                yield Tokens([], types_pb2.FINISH_REASON_CANCELLED)
+                return
             before = self.offset
             try:
                 async with aclosing(self._attempt()) as tokens:
@@ -122,6 +133,8 @@ class TokenStream:
                 log.warning("%s lost %s: %s", self.request_id, self.worker.worker_id, error)
             if self.offset > before or lost_s is None:
                 lost_s = time.monotonic()
+                self._lost.clear()
+            self._lost.add(self.worker.worker_id)
             ended = self._ended()
             if ended is None and not await self._move(lost_s):
                 ended = types_pb2.FINISH_REASON_CANCELLED
@@ -131,10 +144,13 @@ class TokenStream:
 
     async def _attempt(self) -> AsyncGenerator[Tokens, None]:
         self._placed(self.worker, self._base)
+        worker = self.worker
         try:
             call = self.worker.stub.Generate(self._worker_request(), timeout=self._timeout_s)
+            self._call = call
         except grpc.aio.UsageError as error:
             raise WorkerLostError("its channel is closed") from error
+        worker.be_in_flight += self._best_effort
         try:
             async for response in call:
                 # A worker may send again what it sent before; hand out only what is new.
@@ -164,6 +180,7 @@ class TokenStream:
                 raise
             raise WorkerLostError("its channel was closed") from error
         finally:
+            worker.be_in_flight -= self._best_effort
             call.cancel()
         raise WorkerLostError("its stream ended early")
 
@@ -176,9 +193,11 @@ class TokenStream:
             if self._cancelled:
                 return False
             try:
-                worker = self._router.pick(self._cost, avoid=self.worker.worker_id)
+                worker = self._router.pick(self._cost, avoid=self._lost)
             except NoWorkerError:
                 continue
+            if worker.worker_id in self._lost:  # as all are: any of them may be back
+                self._lost = {self.worker.worker_id}
             if worker.worker_id != self.worker.worker_id:
                 if self._first_offset:
                     continue  # only the old worker has the tokens before our first offset
@@ -212,14 +231,14 @@ class TokenStream:
         return None
 
 
-async def cancel_at(worker: Worker, request_id: str) -> bool:
-    """Cancels explicitly at `worker`. An unreachable worker has nothing left to cancel."""
+async def cancel_at(worker: Worker, request_id: str) -> bool | None:
+    """Cancels explicitly at `worker`; whether it still ran there, None if that is not known."""
     request = worker_pb2.WorkerServiceCancelRequest(request_id=request_id)
     try:
         response = await worker.stub.Cancel(request, timeout=CANCEL_TIMEOUT_S)
     except grpc.aio.AioRpcError as error:
         log.info("cancel %s at %s: %s", request_id, worker.worker_id, error.code().name)
-        return False
+        return None
     except grpc.aio.UsageError:  # the worker is gone and its channel closed
         return False
     return bool(response.cancelled)

@@ -283,6 +283,10 @@ class WorkerLink:
     @property
     def outstanding(self) -> int: ...
     @property
+    def current(self) -> bool:
+        """Whether the segment is still the one that was opened; if not, nothing is answered."""
+
+    @property
     def ring_waits(self) -> int: ...
     @property
     def transfer_tokens(self) -> int:

@@ -91,6 +91,7 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._front.release()
             await server.stop(grace=1.0)
             await self._stop_engine()
             Path(self._bell_path).unlink(missing_ok=True)

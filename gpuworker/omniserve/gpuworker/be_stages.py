@@ -41,11 +41,11 @@ def best_effort_only(
     if state.be_cohort_stage < 0:
         # Who waits for memory gets it between two passes: then they must be short.
         most = prefill_tokens_max
-        if state.ls_waiting:
+        if state.ls_lacks_memory:
             most = min(most, max(state.limits.be_prefill_tokens, CHUNK_MIN))
         chunks, load = be_chunks(state, model, Load(), float("inf"), most, Regime.BE_PASS)
     if boards and load.rows == load.decode_rows and load.rows < state.parked.rows:
-        until_ns = now_ns + (0 if state.ls_waiting else _RUN_NS)
+        until_ns = now_ns + (0 if state.ls_lacks_memory else _RUN_NS)
         return _be_stage(state, model, now_ns, chunks, load, until_ns)
     if not load.rows:
         return None

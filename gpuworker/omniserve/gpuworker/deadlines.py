@@ -62,7 +62,7 @@ def must_call_off(state: EngineState, model: LatencyModel, now_ns: int) -> bool:
 
     It is worth waiting for as long as its remaining stages fit before the waiting request's TTFT.
     """
-    if not state.ls_waiting or state.be_cohort_stage < 0:
+    if not state.ls_lacks_memory or state.be_cohort_stage < 0:
         return False
     waiting = state.ls_waiting[0]
     aim = 1.0 - state.limits.safety_margin

@@ -74,6 +74,9 @@ def _start(
     if settings.context_tokens_max:
         context_tokens = min(config.context_tokens, settings.context_tokens_max)
         config = dataclasses.replace(config, context_tokens=context_tokens)
+    if settings.attention_servers and settings.transfer_slots < config.layers:
+        message = f"transfer_slots must be at least the {config.layers} layers of the model"
+        raise SettingsError(message, field="transfer_slots")
     pages = settings.device_kv_tokens // settings.page_tokens
     weights = load_weights(model, getattr(torch, settings.dtype))
     device = open_device(settings, config, weights)

@@ -54,5 +54,13 @@ class EngineState:
         held = sum([len(r.blocks) for r in self.be_device])
         return held + sum([len(r.blocks) for r in self.be_restoring])
 
+    @property
+    def ls_lacks_memory(self) -> bool:
+        """Whether an LS request waits that is kept from running by nothing but memory.
+
+        Once moves are carried out: whoever else could run does.
+        """
+        return bool(self.ls_waiting) and len(self.ls_running) < self.limits.ls_running_max
+
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -17,6 +17,7 @@ from omniserve.errors import (
     InvalidArgumentError,
     NoWorkerError,
     OmniServeError,
+    RequestExistsError,
     RequestNotFoundError,
 )
 from omniserve.gpuworker.channel import FrontChannel
@@ -28,6 +29,8 @@ from omniserve.sampling import check_sampling
 from omniserve.v1 import status_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
+# Of one message: with twenty log probabilities each they stay far below gRPC's 4 MiB.
+_TOKENS_PER_MESSAGE = 1024
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -81,17 +84,19 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     async def drain(self, timeout_s: float) -> None:
         """Refuses new requests and waits for the running LS ones.
 
-        BE is not waited for: where its streams break off, control planes go on elsewhere, behind
-        the tokens that have come by now.
+        BE is not waited for: where its streams break off, control planes go on elsewhere.
         """
         self._draining = True
-        for log in self._logs.values():
-            log.hold_nothing_back()
         deadline = asyncio.get_running_loop().time() + timeout_s
         while any(not (log.best_effort or log.ended) for log in self._logs.values()):
             if asyncio.get_running_loop().time() >= deadline:
                 return
             await asyncio.sleep(0.05)
+
+    def release(self) -> None:
+        """Lets streams send what has gathered: the worker ends."""
+        for log in self._logs.values():
+            log.release()
 
     # --- WorkerService -------------------------------------------------------------------
 
@@ -109,7 +114,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while True:
                 await log.wait_beyond(offset)
-                new = slice(offset, log.released)
+                new = slice(offset, min(log.released, offset + _TOKENS_PER_MESSAGE))
                 tokens = log.tokens[new]
                 if tokens:
                     yield worker_pb2.WorkerServiceGenerateResponse(
@@ -187,6 +192,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
             dtype=settings.dtype,
             ls_tokens_max=ready.ls_tokens_max,
             be_prompt_tokens_max=ready.be_prompt_tokens_max,
+            draining=self._draining,
         )
 
     # --- internals -----------------------------------------------------------------------
@@ -200,6 +206,11 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         if known is not None:
             if known.dropped:
                 raise NoWorkerError(f"request {known.request_id} is ending here", retry_after_s=0.1)
+            if not known.is_for(request):
+                raise RequestExistsError(
+                    f"request {known.request_id!r} has another prompt or tenant; choose another id",
+                    field="request_id",
+                )
             if request.resume_offset > len(known.tokens):
                 raise InvalidArgumentError(
                     f"resume_offset {request.resume_offset} is beyond the "
@@ -216,12 +227,7 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         self._check(request, self._ready.result())
         best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
         interval_s = self._settings.be_stream_interval_s if best_effort else 0.0
-        log = RequestLog(
-            request.request_id,
-            request.stream_interval_ms / 1e3 or interval_s,
-            best_effort=best_effort,
-            generated_before=request.generated_tokens,
-        )
+        log = RequestLog(request, request.stream_interval_ms / 1e3 or interval_s)
         self._logs[request.request_id] = log
         now_ns = time.monotonic_ns()  # as the engine's clock
         try:

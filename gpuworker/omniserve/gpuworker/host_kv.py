@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -20,13 +20,19 @@ class HostKv:
     """Routes by `request.server`. Owned by the engine's loop; nothing here blocks."""
 
     def __init__(
-        self, device: KvTransfers, afterwards: Afterwards, layers: int, page_tokens: int
+        self,
+        device: KvTransfers,
+        afterwards: Afterwards,
+        layers: int,
+        page_tokens: int,
+        clock_ns: Callable[[], int],
     ) -> None:
         self.servers: list[AttentionServer] = []
         self._device = device
         self._afterwards = afterwards
         self._layers = layers
         self._page_tokens = page_tokens
+        self._clock_ns = clock_ns
         self._mirrors: dict[int, Mirror] = {}
         self._lingering: list[Request] = []
         """What is left of requests that gave their sequence back while transfers were out: FREE
@@ -52,13 +58,20 @@ class HostKv:
         return next((s for s in self.servers if s.index == index), None)
 
     def can_reserve(self, request: Request) -> bool:
-        """Whether a server has a sequence and the pages of prompt + max_tokens."""
-        return any(server.has_room(request) for server in self.servers)
+        """Whether a server that answers has a sequence and the pages of prompt + max_tokens."""
+        return bool(self._roomy(request))
 
     def reserve(self, request: Request) -> None:
         """Reserves room for all of `request` at the server with most pages free."""
-        roomy = [server for server in self.servers if server.has_room(request)]
-        max(roomy, key=lambda server: server.pages_free).reserve(request)
+        max(self._roomy(request), key=lambda server: server.pages_free).reserve(request)
+
+    def _roomy(self, request: Request) -> list[AttentionServer]:
+        return [s for s in self.servers if not s.silent and s.has_room(request)]
+
+    def is_silent(self, request: Request) -> bool:
+        """Whether the server of `request` seems to have stopped."""
+        server = self.server(request.server)
+        return server is not None and server.silent
 
     def release(self, request: Request) -> None:
         """Gives the sequence back: the request may start anew at once.
@@ -99,6 +112,7 @@ class HostKv:
     def poll(self, server: AttentionServer) -> tuple[Ints, npt.NDArray[np.uint8]]:
         """Takes a server's answers; returns (sequences, statuses) of attention rows."""
         slots, statuses = server.link.poll()
+        server.heard(len(slots), self._clock_ns())
         if not len(slots):
             return slots, statuses
         transfers = slots >= server.sequences_max

@@ -7,9 +7,11 @@ keeps requests, pages, parked rows and the servers' sequences consistent.
 from __future__ import annotations
 
 import enum
+import logging
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 
 import numpy as np
 
@@ -30,6 +32,8 @@ from omniserve.gpuworker.telemetry import Counters
 from omniserve.internal.v1 import attention_pb2
 from omniserve.v1 import types_pb2
 
+_log = logging.getLogger(__name__)
+_arrival = attrgetter("arrival_ns")
 # A BE request that leaves the device is mirrored an iteration or two later, unless its server has
 # stopped.
 _LEAVING_NS = 250_000_000
@@ -69,7 +73,9 @@ class Lifecycle:
         self._clock_ns = clock_ns
         self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
         self.parking = ParkingLot(settings.parked_rows, config.layers + 1, clock_ns)
-        self.host = HostKv(device.transfers, afterwards, config.layers, settings.page_tokens)
+        self.host = HostKv(
+            device.transfers, afterwards, config.layers, settings.page_tokens, clock_ns
+        )
         self._device = device
         self.servers = self.host.servers
         self.placement = placement
@@ -192,7 +198,15 @@ class Lifecycle:
         server = self.host.server(index)
         if server is not None and server.link.segment_id == segment.segment_id:
             return
+        try:
+            link = WorkerLink(segment.segment_path)
+        except RuntimeError as error:
+            if server is None:  # nor will it be there the next time
+                raise
+            _log.warning("attention server %d: %s", index, error)
+            return  # it has ended since, and will be attached when it is back
         lost = [r for r in self._requests.values() if r.server == index]
+        lost.sort(key=_arrival, reverse=True)  # each goes back to the head of its queue
         for request in lost:
             parked = request.row >= 0
             if parked:
@@ -202,7 +216,7 @@ class Lifecycle:
                 self._requeue(request)
                 if self.state.pages_for(request.known + 1) > self.state.blocks_total:
                     self._doom(request)  # too long by now to start over here: ends as cancelled
-        self.host.attach(index, WorkerLink(segment.segment_path), segment.pages)
+        self.host.attach(index, link, segment.pages)
         self._device.serve([server.link for server in self.servers])
         for request in lost:
             if request.place is not Place.WAITING:
@@ -240,6 +254,13 @@ class Lifecycle:
     def is_overdue(self, request: Request) -> bool:
         waited_ns = self._clock_ns() - request.left_ns
         return request.leaving and not self.is_mirrored(request) and waited_ns > _LEAVING_NS
+
+    def is_stranded(self, request: Request) -> bool:
+        if not self.host.is_silent(request):
+            return False
+        return not (
+            request.imports if request.place is Place.RESTORING else self.is_mirrored(request)
+        )
 
     def waits_at_start(self, request: Request) -> bool:
         return request.place is Place.HOST and self.parking.at_start(request.row)
@@ -361,6 +382,8 @@ class Lifecycle:
         self._queue_of(request).remove(request)
         if request.place is Place.RESTORING:
             self.state.be_restoring.remove(request)
+        if request.row >= 0:
+            self.parking.remove(request)
         request.dropped = request.computed
         self.blocks.release(request)
         self.host.release(request)

@@ -61,6 +61,9 @@ class HostView(Protocol):
     def is_overdue(self, request: Request) -> bool:
         """Whether a request that leaves has waited for its server for so long that LS may not."""
 
+    def is_stranded(self, request: Request) -> bool:
+        """Whether its server has stopped, and so will not mirror, or bring back, what it lacks."""
+
     def waits_at_start(self, request: Request) -> bool:
         """Whether a parked request is ready at stage 0, where alone it can be held."""
 
@@ -91,6 +94,9 @@ class _Decision:
         self._prefilling = len(self._residents) < len(state.be_device)
 
     def moves(self) -> Moves:
+        self._rescue()
+        if self._moves.abandon:
+            return self._moves  # the next decision comes at once, and has their memory
         self._leave()
         if self._admit_ls():
             self._grow()
@@ -174,11 +180,24 @@ class _Decision:
             if reach < pages and not request.in_cohort and self._host.is_overdue(request):
                 self._moves.abandon.append(request)
                 reach += len(request.blocks)
+        for request in self._state.be_restoring:
+            if reach < pages and self._host.is_stranded(request):
+                self._moves.abandon.append(request)
+                reach += len(request.blocks)
         self._moves.leave = [r for r in self._moves.leave if r not in self._moves.abandon]
-        if not self._moves.leave and not any(r.leaving for r in self._residents):
+        if not (self._moves.abandon or self._moves.leave) and not any(
+            r.leaving for r in self._residents
+        ):
             self._moves.abandon = [
                 r for r in self._state.be_device if r.place is Place.PREFILLING and not r.in_cohort
             ]
+
+    def _rescue(self) -> None:
+        """Who waits for a server that has stopped starts over, if another one has room for it."""
+        waiting = [r for r in self._residents if r.leaving and not r.in_cohort]
+        for request in waiting + self._state.be_restoring:
+            if self._host.is_stranded(request) and self._host.can_reserve(request):
+                self._moves.abandon.append(request)
 
     def _grow(self) -> None:
         """Residents on a full last page take one more; if there is none, the newest makes way."""
@@ -193,6 +212,7 @@ class _Decision:
                 continue
             # Without a server it cannot be demoted: stopping it would stop it for good.
             over = self._held >= self._held_max and request.server >= 0
+            over = over and not self._host.is_stranded(request)
             if self._rules.resumes_first and self._held == len(request.blocks):
                 over = False  # alone, and it could not decode anywhere else
             if self._make_room(self._free + 1 if over else 1, younger_than=request):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 
+import numpy as np
+
+from omniserve.internal.v1 import worker_pb2
 from omniserve.v1 import types_pb2
 
 
@@ -16,17 +20,15 @@ class RequestLog:
     """
 
     def __init__(
-        self,
-        request_id: str,
-        interval_s: float = 0.0,
-        *,
-        best_effort: bool = False,
-        generated_before: int = 0,
+        self, request: worker_pb2.WorkerServiceGenerateRequest, interval_s: float = 0.0
     ) -> None:
-        self.request_id = request_id
-        self.best_effort = best_effort
-        self.generated_before = generated_before
+        self.request_id = request.request_id
+        self.best_effort = request.service_class == types_pb2.SERVICE_CLASS_BEST_EFFORT
+        self.generated_before = request.generated_tokens
         """Tokens that another worker generated: ours follow them."""
+        self._tenant = request.tenant
+        self._prompt_tokens = len(request.prompt_token_ids) - request.generated_tokens
+        self._prompt = self._digest(request)
         self.tokens: list[int] = []
         self.released = 0
         self.logprobs: list[types_pb2.TokenLogprobs] = []
@@ -48,25 +50,36 @@ class RequestLog:
     def ended(self) -> bool:
         return self.finish_reason != types_pb2.FINISH_REASON_UNSPECIFIED
 
+    def is_for(self, request: worker_pb2.WorkerServiceGenerateRequest) -> bool:
+        """Whether `request` has the same tenant and prompt.
+
+        Who resumes leaves out what another worker generated, or puts it behind the prompt.
+        """
+        behind = len(request.prompt_token_ids) - self._prompt_tokens
+        return (
+            request.tenant == self._tenant
+            and behind in (0, self.generated_before)
+            and self._digest(request) == self._prompt
+        )
+
+    def _digest(self, request: worker_pb2.WorkerServiceGenerateRequest) -> bytes:
+        prompt = np.array(request.prompt_token_ids[: self._prompt_tokens], dtype=np.uint32)
+        return hashlib.sha256(prompt.tobytes()).digest()
+
     def append(self, token: int, logprobs: types_pb2.TokenLogprobs | None) -> None:
         self.tokens.append(token)
         if logprobs is not None:
             self.logprobs.append(logprobs)
         if not self._interval_s:
-            self._release()
+            self.release()
         elif self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_later(self._interval_s, self._release)
+            self._timer = loop.call_later(self._interval_s, self.release)
 
     def end(self, reason: types_pb2.FinishReason, error: str = "") -> None:
         self.finish_reason = reason
         self.error = error
-        self._release()
-
-    def hold_nothing_back(self) -> None:
-        """Releases what has gathered, and from now on every token at once."""
-        self._interval_s = 0.0
-        self._release()
+        self.release()
 
     async def wait_beyond(self, offset: int) -> None:
         """Returns when over `offset` tokens are released, or the request has ended."""
@@ -75,7 +88,8 @@ class RequestLog:
             self._waiting.append(changed)
             await changed
 
-    def _release(self) -> None:
+    def release(self) -> None:
+        """Readers see all tokens that are there."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -223,7 +223,7 @@ def _resumed(
     if room > 0 and added > 0:
         stages = min(int(room * state.stages / added), state.stages - state.be_cohort_stage)
     # LS requests that wait for memory wait for this cohort's end.
-    stages = max(stages, 1) if state.ls_waiting else stages
+    stages = max(stages, 1) if state.ls_lacks_memory else stages
     return stages, added * stages / state.stages
 
 

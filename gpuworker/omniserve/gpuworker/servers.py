@@ -13,6 +13,10 @@ from omniserve.attnkernel import KIND_ATTEND, KIND_FREE, WorkerLink
 from omniserve.gpuworker.requests import Request
 
 Ints = npt.NDArray[np.int32]
+# A server that owes answers and has given none for so long is taken for gone until it gives one.
+# In the background of busy cores it may take a second for one.
+_SILENT_NS = 5_000_000_000
+_NEVER = 1 << 62
 
 
 class AttentionServer:
@@ -27,6 +31,17 @@ class AttentionServer:
         self.sequences_max = int(geometry.max_sequences)
         self.sequences_free = list(range(self.sequences_max - 1, -1, -1))
         self.transfer_slots_free = list(range(int(geometry.slots) - 1, self.sequences_max - 1, -1))
+        self.silent = False
+        """Whether it seems to have stopped."""
+        self._owing_since_ns = _NEVER
+
+    def heard(self, answers: int, now_ns: int) -> None:
+        """Called with the number of messages that it has answered since the last time."""
+        if not self.link.outstanding:
+            self._owing_since_ns = _NEVER
+        elif answers or self._owing_since_ns == _NEVER:
+            self._owing_since_ns = now_ns
+        self.silent = now_ns - self._owing_since_ns > _SILENT_NS
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)
@@ -54,7 +69,9 @@ class AttentionServer:
         self._submit(KIND_ATTEND, layer, sequences, positions)
 
     def mirrored(self, request: Request) -> int:
-        """Tokens of `request` whose KV is in the arena in every layer."""
+        """Tokens of `request` whose KV is in the arena in every layer, as far as is known."""
+        if not self.link.current:
+            return request.mirrored
         return int(self.link.written_len[request.sequence].min())
 
     def check_integrity(self, requests: list[Request], freeing: int) -> None:

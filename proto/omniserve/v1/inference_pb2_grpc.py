@@ -57,16 +57,18 @@ class InferenceServiceServicer:
     """
 
     def Generate(self, request, context):
-        """Streams tokens as they are sampled; the last message is `finished`.
-        Errors: INVALID_ARGUMENT with BadRequest.field_violations, NOT_FOUND (model),
-        RESOURCE_EXHAUSTED with RetryInfo (admission), UNAVAILABLE (no worker).
+        """Streams tokens as they are sampled, those of best effort about once a second; the last message
+        is `finished`.
+        Errors: INVALID_ARGUMENT with BadRequest.field_violations, NOT_FOUND (model, or a request to
+        resume), ALREADY_EXISTS (request_id), RESOURCE_EXHAUSTED with RetryInfo (admission),
+        UNAVAILABLE (no worker; the store, when resuming).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Cancel(self, request, context):
-        """Ends a request and frees its memory within one iteration.
+        """Ends a request, and frees its memory as soon as none of its rows is on its way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -59,7 +59,8 @@ class AttentionServiceServicer:
     def Attach(self, request, context):
         """Gives the worker this server's segment. An epoch other than the last one's frees every
         sequence; the same epoch reattaches. Errors: FAILED_PRECONDITION (arena too small for one
-        sequence, another worker attached), INVALID_ARGUMENT (geometry).
+        sequence, another worker attached, another geometry in the same epoch), INVALID_ARGUMENT (a
+        geometry that the kernels cannot serve), UNAVAILABLE (stopping).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

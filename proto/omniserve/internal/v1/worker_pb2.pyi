@@ -71,15 +71,17 @@ class GetWorkerStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetWorkerStatusResponse(_message.Message):
-    __slots__ = ("status", "context_tokens", "dtype", "ls_tokens_max", "be_prompt_tokens_max")
+    __slots__ = ("status", "context_tokens", "dtype", "ls_tokens_max", "be_prompt_tokens_max", "draining")
     STATUS_FIELD_NUMBER: _ClassVar[int]
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     LS_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
     BE_PROMPT_TOKENS_MAX_FIELD_NUMBER: _ClassVar[int]
+    DRAINING_FIELD_NUMBER: _ClassVar[int]
     status: _status_pb2.WorkerStatus
     context_tokens: int
     dtype: str
     ls_tokens_max: int
     be_prompt_tokens_max: int
-    def __init__(self, status: _Optional[_Union[_status_pb2.WorkerStatus, _Mapping]] = ..., context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ...) -> None: ...
+    draining: bool
+    def __init__(self, status: _Optional[_Union[_status_pb2.WorkerStatus, _Mapping]] = ..., context_tokens: _Optional[int] = ..., dtype: _Optional[str] = ..., ls_tokens_max: _Optional[int] = ..., be_prompt_tokens_max: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
