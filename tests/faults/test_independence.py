@@ -119,9 +119,12 @@ def test_requests_whose_arena_is_lost_are_computed_again(
 def test_servers_that_cannot_read_their_arenas_any_more_cost_ls_nothing(
     stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
-    streams = start_and_decode(stack, prompts)
+    recomputed = stack.telemetry().recomputed_tokens
+    streams = start_and_decode(stack, prompts[:4])
     for server in stack.servers:
         server.kill()
+    # Their checkpoints are under way while the servers are not yet attached again.
+    streams += start(stack, prompts[4:])
     for arena in stack.folder.glob("*.arena"):
         with arena.open("r+b") as segment:
             segment.write(bytes(8))  # the magic number
@@ -129,6 +132,7 @@ def test_servers_that_cannot_read_their_arenas_any_more_cost_ls_nothing(
         server.restart()
     assert len(stack.generate(prompts[0], 32, ignore_eos=True)) == 32
     assert [s.finish() for s in streams] == expected
+    stack.wait_until("recomputed", lambda s: s.telemetry.recomputed_tokens > recomputed)
 
 
 def test_a_server_that_stays_away_keeps_no_best_effort_from_the_others(
@@ -137,6 +141,18 @@ def test_a_server_that_stays_away_keeps_no_best_effort_from_the_others(
     with WorkerStack(worker_flags={"device-kv-tokens": 1024}) as stack:
         stack.servers[0].kill()
         assert [s.finish() for s in start(stack, prompts)] == expected
+
+
+def test_best_effort_that_moves_while_a_server_stops_gets_its_tokens(
+    prompts: list[list[int]], expected: list[list[int]]
+) -> None:
+    with WorkerStack(worker_flags={"fault-moves-per-pass": 0.3}) as stack:  # all pools looked over
+        streams = start_and_decode(stack, prompts)
+        stack.servers[0].process.send_signal(signal.SIGSTOP)
+        time.sleep(7.0)  # its requests are rescued, but for rows that are away
+        stack.servers[0].process.send_signal(signal.SIGCONT)
+        assert [s.finish() for s in streams] == expected
+        stack.wait_until_idle()
 
 
 def test_a_server_that_comes_back_empty_unseen_is_attached_again(

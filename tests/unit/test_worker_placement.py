@@ -31,6 +31,8 @@ class Host:
         return request.server >= 0 and request.request_id not in self.not_mirrored
 
     def is_overdue(self, request: Request) -> bool:
+        if request.place is Place.RESTORING:
+            return self.overdue
         return self.overdue and request.leaving and not self.is_mirrored(request)
 
     def is_stranded(self, request: Request) -> bool:
@@ -212,9 +214,8 @@ def test_a_restore_from_a_server_that_stopped_keeps_no_memory_from_ls() -> None:
     coming = request("coming", Place.RESTORING, prompt=20, generated=1, server=0, blocks=4)
     waiting = [chat("chat", 4)]
     state = state_with(0, be_host=[coming], be_restoring=[coming], ls_waiting=waiting)
-    assert decide(state, Host(full=True), "auto").abandon == []
-    stopped = decide(state, Host(full=True, stopped=True), "auto")
-    assert names(stopped.abandon) == ["coming"]
+    assert decide(state, Host(), "auto").abandon == []
+    assert names(decide(state, Host(overdue=True), "auto").abandon) == ["coming"]
 
 
 def test_a_prompt_is_abandoned_only_when_nothing_else_gives_room() -> None:

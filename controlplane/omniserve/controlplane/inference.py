@@ -223,6 +223,8 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             if timing.missed_by(time.monotonic()):
                 self.slo_state.record(met=False)
             raise
+        except RequestExistsError:  # of the caller's making
+            raise
         except Exception:
             self.slo_state.record(met=False)
             raise

@@ -240,5 +240,5 @@ async def cancel_at(worker: Worker, request_id: str) -> bool | None:
         log.info("cancel %s at %s: %s", request_id, worker.worker_id, error.code().name)
         return None
     except grpc.aio.UsageError:  # the worker is gone and its channel closed
-        return False
+        return None
     return bool(response.cancelled)

@@ -244,10 +244,12 @@ class Engine:
         state.blocks_free = life.blocks.free
         state.parked = self._parking.by_stage()
         self._observe_cohort()
+        if moves.abandon:
+            return True
         if deadlines.must_call_off(state, self._model, self._clock_ns()):
             self._call_off()
             return True
-        return bool(moves.abandon)
+        return False
 
     def _call_off(self) -> None:
         """Gives up the BE cohort that rests: its rows run anew, its prompt may lose its memory."""

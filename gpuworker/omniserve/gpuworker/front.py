@@ -200,17 +200,17 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
     def _open(self, request: worker_pb2.WorkerServiceGenerateRequest) -> RequestLog:
         """Finds the log to resume, or checks and submits a new request."""
         known = self._logs.get(request.request_id)
+        if known is not None and not known.is_for(request):
+            raise RequestExistsError(
+                f"request {known.request_id!r} has another prompt or tenant; choose another id",
+                field="request_id",
+            )
         if known is not None and known.generated_before != request.generated_tokens:
             self._drop(known)  # its tokens follow others than the caller's
             known = self._logs.get(request.request_id)
         if known is not None:
             if known.dropped:
                 raise NoWorkerError(f"request {known.request_id} is ending here", retry_after_s=0.1)
-            if not known.is_for(request):
-                raise RequestExistsError(
-                    f"request {known.request_id!r} has another prompt or tenant; choose another id",
-                    field="request_id",
-                )
             if request.resume_offset > len(known.tokens):
                 raise InvalidArgumentError(
                     f"resume_offset {request.resume_offset} is beyond the "

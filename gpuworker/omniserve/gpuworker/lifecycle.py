@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import pathlib
 import random
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,8 +35,8 @@ from omniserve.v1 import types_pb2
 
 _log = logging.getLogger(__name__)
 _arrival = attrgetter("arrival_ns")
-# A BE request that leaves the device is mirrored an iteration or two later, unless its server has
-# stopped.
+# A BE request that leaves the device is mirrored, and one that returns is back, an iteration or two
+# later, unless its server has stopped.
 _LEAVING_NS = 250_000_000
 
 
@@ -201,7 +202,7 @@ class Lifecycle:
         try:
             link = WorkerLink(segment.segment_path)
         except RuntimeError as error:
-            if server is None:  # nor will it be there the next time
+            if server is None or pathlib.Path(segment.segment_path).exists():
                 raise
             _log.warning("attention server %d: %s", index, error)
             return  # it has ended since, and will be attached when it is back
@@ -252,8 +253,11 @@ class Lifecycle:
         return request.mirrored >= request.computed
 
     def is_overdue(self, request: Request) -> bool:
-        waited_ns = self._clock_ns() - request.left_ns
-        return request.leaving and not self.is_mirrored(request) and waited_ns > _LEAVING_NS
+        if self._clock_ns() - request.left_ns <= _LEAVING_NS:
+            return False
+        if request.place is Place.RESTORING:
+            return not request.imports
+        return request.leaving and not self.is_mirrored(request)
 
     def is_stranded(self, request: Request) -> bool:
         if not self.host.is_silent(request):
@@ -263,7 +267,8 @@ class Lifecycle:
         )
 
     def waits_at_start(self, request: Request) -> bool:
-        return request.place is Place.HOST and self.parking.at_start(request.row)
+        here = request.place is Place.HOST and self.parking.at_start(request.row)
+        return here and not self.host.is_silent(request)
 
     def can_reserve(self, request: Request) -> bool:
         return self.placement == "device" or self.host.can_reserve(request)
@@ -274,7 +279,8 @@ class Lifecycle:
         A demotion gives back less than was expected where pages are shared: then what would take
         them waits for the next decision, which knows better.
         """
-        for request in moves.abandon:
+        # Each goes back to the head of its queue.
+        for request in sorted(moves.abandon, key=_arrival, reverse=True):
             self._requeue(request)
         for request in moves.leave:
             self._leave(request)
@@ -374,6 +380,7 @@ class Lifecycle:
         self.parking.hold(request.row)
         self.blocks.promote(request)
         request.place = Place.RESTORING
+        request.left_ns = self._clock_ns()
         self.state.be_restoring.append(request)
         self.counters.promotions += 1
 

@@ -59,7 +59,8 @@ class HostView(Protocol):
         """Whether an arena has every computed token, so that the device pages can go at once."""
 
     def is_overdue(self, request: Request) -> bool:
-        """Whether a request that leaves has waited for its server for so long that LS may not."""
+        """Whether a request that leaves, or comes back, has waited for its server for so long that
+        LS may not."""
 
     def is_stranded(self, request: Request) -> bool:
         """Whether its server has stopped, and so will not mirror, or bring back, what it lacks."""
@@ -176,12 +177,9 @@ class _Decision:
         # A server that has stopped, or is gone, must not keep LS from the memory.
         reach = self._free
         reach += sum(len(r.blocks) for r in self._residents if self._host.is_mirrored(r))
-        for request in reversed(self._residents):
-            if reach < pages and not request.in_cohort and self._host.is_overdue(request):
-                self._moves.abandon.append(request)
-                reach += len(request.blocks)
-        for request in self._state.be_restoring:
-            if reach < pages and self._host.is_stranded(request):
+        for request in [*self._state.be_restoring, *reversed(self._residents)]:
+            overdue = self._host.is_overdue(request) or self._host.is_stranded(request)
+            if reach < pages and not request.in_cohort and overdue:
                 self._moves.abandon.append(request)
                 reach += len(request.blocks)
         self._moves.leave = [r for r in self._moves.leave if r not in self._moves.abandon]
@@ -193,7 +191,7 @@ class _Decision:
             ]
 
     def _rescue(self) -> None:
-        """Who waits for a server that has stopped starts over, if another one has room for it."""
+        """Who waits for a server that has stopped starts over, if another one has room for any."""
         waiting = [r for r in self._residents if r.leaving and not r.in_cohort]
         for request in waiting + self._state.be_restoring:
             if self._host.is_stranded(request) and self._host.can_reserve(request):

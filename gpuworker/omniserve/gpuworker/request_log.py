@@ -53,12 +53,13 @@ class RequestLog:
     def is_for(self, request: worker_pb2.WorkerServiceGenerateRequest) -> bool:
         """Whether `request` has the same tenant and prompt.
 
-        Who resumes leaves out what another worker generated, or puts it behind the prompt.
+        Behind the prompt it may have what other workers generated; a client that resumes leaves
+        that out.
         """
         behind = len(request.prompt_token_ids) - self._prompt_tokens
         return (
             request.tenant == self._tenant
-            and behind in (0, self.generated_before)
+            and behind in (0, request.generated_tokens)
             and self._digest(request) == self._prompt
         )
 

@@ -67,7 +67,7 @@ class Request:
     leaving: bool = False
     """Decodes no further on the device: it is demoted as soon as its last token is mirrored."""
     left_ns: int = 0
-    """When it began to."""
+    """When it began to, or to come back to the device."""
     doomed: bool = False
     """Cancelled or failed: it ends as soon as none of its rows is on its way."""
     error: str = ""
