@@ -16,6 +16,7 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from support.stack import MODEL_PATH
 from support.worker_stack import WorkerStack
+from transformers import LlamaConfig
 
 from omniserve.internal.v1 import worker_pb2
 from omniserve.v1 import status_pb2
@@ -156,6 +157,19 @@ def test_a_port_in_use_ends_the_start_with_its_address(tmp_path: Path) -> None:
     assert status == 1
     # Before ours, gRPC's core prints a line of its own.
     assert lines[-1].startswith(f"omniserve-gpuworker: ADDRESS_IN_USE: cannot listen on {address}")
+
+
+def test_too_few_slots_to_mirror_a_token_of_every_layer_end_the_start(tmp_path: Path) -> None:
+    LlamaConfig(num_hidden_layers=80, hidden_size=64, num_attention_heads=2).save_pretrained(
+        tmp_path
+    )
+    flags = ("--load-format=dummy", f"--model-path={tmp_path}", f"--shm-dir={tmp_path}")
+    servers = ("--attention-servers=127.0.0.1:1", "--transfer-slots=64", "--listen=127.0.0.1:0")
+    status, lines = start(*flags, *servers)
+    assert status == 2
+    assert lines == [
+        "omniserve-gpuworker: SETTINGS: transfer_slots must be at least the 80 layers of the model"
+    ]
 
 
 @pytest.mark.parametrize(
