@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
+# What a shell starts in the background ignores SIGINT, and so would all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # A busy host is no failure: no test asserts time.
 settings.register_profile("any host", deadline=None)
 settings.load_profile("any host")

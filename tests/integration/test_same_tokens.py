@@ -133,6 +133,7 @@ def test_late_and_reordered_answers_change_no_token(reference: Reference) -> Non
         assert stack.telemetry().ring_waits == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["ls-first", "reserve", "sync-offload", "preempt"])
 def test_every_policy_gives_both_classes_the_reference_tokens(
     reference: Reference, policy: str
@@ -147,6 +148,7 @@ def test_every_policy_gives_both_classes_the_reference_tokens(
         assert stack.status().policy == policy
 
 
+@pytest.mark.slow
 def test_the_yardstick_queues_best_effort_and_serves_the_rest(reference: Reference) -> None:
     with WorkerStack(worker_flags={"policy": "ls-only"} | CHUNKS) as stack:
         queued = stack.start_all(real_prompts()[:2], MAX_TOKENS, best_effort=True)
