@@ -1,4 +1,4 @@
-"""What a decision needs to know of the LS requests that hold memory: each is looked at once."""
+"""What a decision needs to know of the LS requests: each that holds memory is looked at once."""
 
 from __future__ import annotations
 
