@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import grpc
 import pytest
 from support.prompts import real_prompts
+from support.signals import send
 from support.stack import wait_for
 from support.worker_stack import Stream, WorkerStack
 
@@ -148,9 +149,9 @@ def test_best_effort_that_moves_while_a_server_stops_gets_its_tokens(
 ) -> None:
     with WorkerStack(worker_flags={"fault-moves-per-pass": 0.3}) as stack:  # all pools looked over
         streams = start_and_decode(stack, prompts)
-        stack.servers[0].process.send_signal(signal.SIGSTOP)
+        send(stack.servers[0].process, signal.SIGSTOP)
         time.sleep(7.0)  # its requests are rescued, but for rows that are away
-        stack.servers[0].process.send_signal(signal.SIGCONT)
+        send(stack.servers[0].process, signal.SIGCONT)
         assert [s.finish() for s in streams] == expected
         stack.wait_until_idle()
 
@@ -159,13 +160,13 @@ def test_a_server_that_comes_back_empty_unseen_is_attached_again(
     stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     streams = start_and_decode(stack, prompts)
-    stack.worker.process.send_signal(signal.SIGSTOP)  # the front; the engine goes on
+    send(stack.worker.process, signal.SIGSTOP)  # the front; the engine goes on
     server, arena = stack.servers[0], stack.folder / "a0.arena"
     server.kill()
     arena.unlink()
     server.restart()
     wait_for("the new arena", lambda: server.log.read_text().endswith("no segment in it\n"))
-    stack.worker.process.send_signal(signal.SIGCONT)
+    send(stack.worker.process, signal.SIGCONT)
     assert [s.finish() for s in streams] == expected
 
 
@@ -173,10 +174,10 @@ def test_one_stopped_server_holds_up_its_own_requests_only(
     stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]]
 ) -> None:
     streams = start_and_decode(stack, prompts)
-    stack.servers[0].process.send_signal(signal.SIGSTOP)
+    send(stack.servers[0].process, signal.SIGSTOP)
     stack.wait_until("the other's are done", lambda s: 0 < s.telemetry.rows_parked < len(streams))
     stack.wait_until("only its own are left", lambda s: _only_away(s.telemetry))
-    stack.servers[0].process.send_signal(signal.SIGCONT)
+    send(stack.servers[0].process, signal.SIGCONT)
     assert [s.finish() for s in streams] == expected
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from support.signals import send
 from support.tiny_model import ARENA_BYTES, LAYERS, VOCABULARY, TinyModel
 from support.worker_stack import Stream, WorkerStack
 
@@ -113,11 +114,11 @@ class Soak:
     def _stop_one(self) -> None:
         if self.stopped < 0:
             self.stopped = self.random.randrange(2)
-            self.stack.servers[self.stopped].process.send_signal(signal.SIGSTOP)
+            send(self.stack.servers[self.stopped].process, signal.SIGSTOP)
 
     def _go_on(self) -> None:
         if self.stopped >= 0:
-            self.stack.servers[self.stopped].process.send_signal(signal.SIGCONT)
+            send(self.stack.servers[self.stopped].process, signal.SIGCONT)
             self.stopped = -1
 
     def _restart_one(self, *, arena_lost: bool = False) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 from numpy.typing import NDArray
+from support.signals import send
 
 from omniserve.attnkernel import (
     KIND_ATTEND,
@@ -90,7 +91,7 @@ class ServerProcess:
         raise RuntimeError(self.log.read_text())
 
     def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+        send(self.process, number)
 
     def kill(self) -> None:
         self.process.kill()

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from support.signals import send
 from support.stack import MODEL_PATH, free_port, wait_for
 
 from omniserve.internal.v1 import worker_pb2, worker_pb2_grpc
@@ -261,7 +262,7 @@ class WorkerStack:
 
     def signal_servers(self, number: signal.Signals) -> None:
         for server in self.servers:
-            server.process.send_signal(number)
+            send(server.process, number)
 
     def engine_pid(self) -> int:
         return next(pid for pid, command in self.worker.children.items() if "spawn_main" in command)
