@@ -2,7 +2,7 @@
 
 What the device and the servers do is time that passes: stages take what the latency model says,
 times a factor that is drawn; answers come after a drawn delay. Requests, pages and arena room are
-carried out on paper, in the words of `lifecycle.py`. Every iteration checks what must always hold.
+carried out on paper, in the words of `mover.py`. Every iteration checks what must always hold.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from hypothesis import given
 from support.engine_states import (
     MS,
     NOW_NS,
+    PREFILL_MAX,
     STAGES,
     model,
     plan_for,
@@ -20,7 +21,7 @@ from support.engine_states import (
 from omniserve.gpuworker.be_stages import awaits, following
 from omniserve.gpuworker.boarding import PATIENCE_NS, pick_stage
 from omniserve.gpuworker.cohort import Chunk, load_of
-from omniserve.gpuworker.engine_state import EngineState
+from omniserve.gpuworker.engine_state import EngineState, Limits
 from omniserve.gpuworker.latency_model import Regime
 from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.requests import Place, Request
@@ -61,6 +62,22 @@ def test_alone_best_effort_boards_everything_that_waits(rows: int) -> None:
     plan = plan_for(state)
     assert plan is not None
     assert (plan.stages, plan.allowance(2)) == (range(2, 3), rows)
+
+
+@pytest.mark.parametrize(("running_max", "short"), [(8, True), (0, False)])
+def test_best_effort_passes_are_short_while_ls_waits_for_memory_but_not_for_its_cap(
+    running_max: int, short: bool
+) -> None:
+    state = state_with(be=(request("long", Place.PREFILLING, prompt=1000, server=0),))
+    state.limits = Limits(ls_running_max=running_max, be_prefill_tokens=32)
+    alone = plan_for(state)
+    waiting = request("waits", Place.WAITING, prompt=40, latency_sensitive=True)
+    state.ls_waiting.append(waiting)
+    plan = plan_for(state)
+    assert alone is not None
+    assert plan is not None
+    assert alone.be[0].tokens == PREFILL_MAX
+    assert plan.be[0].tokens == (32 if short else PREFILL_MAX)
 
 
 def state_with_gathered(*ls: Request, rows: int = 64, stage: int = 2) -> EngineState:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from omniserve.gpuworker.request_log import RequestLog
+from omniserve.gpuworker.request_log import TOKENS_PER_MESSAGE, RequestLog
 from omniserve.internal.v1 import worker_pb2
 from omniserve.v1 import types_pb2
 
@@ -27,7 +27,7 @@ def test_without_an_interval_a_token_is_released_at_once() -> None:
 
 def test_with_an_interval_tokens_are_released_together() -> None:
     async def read() -> int:
-        log = RequestLog(request(), interval_s=0.01)
+        log = RequestLog(request(), interval_s=0.3)
         reader = asyncio.create_task(log.wait_beyond(0))
         for token in range(5):
             log.append(token, None)
@@ -72,6 +72,24 @@ def test_a_later_reader_gets_what_was_released_before() -> None:
         assert log.released == 1
         await log.wait_beyond(1)
         assert log.released == 2
+
+    asyncio.run(read())
+
+
+def test_messages_are_bounded_and_have_released_tokens_only() -> None:
+    async def read() -> None:
+        log = RequestLog(request(), interval_s=3600.0)
+        for token in range(TOKENS_PER_MESSAGE + 2):
+            log.append(token, types_pb2.TokenLogprobs(logprob=-float(token)))
+        assert not log.message(0).token_ids
+        log.release()
+        log.append(7, types_pb2.TokenLogprobs())
+        first, last = log.message(0), log.message(TOKENS_PER_MESSAGE)
+        assert first.token_ids == list(range(TOKENS_PER_MESSAGE))
+        assert len(first.logprobs) == TOKENS_PER_MESSAGE
+        assert last.offset == TOKENS_PER_MESSAGE
+        assert last.token_ids == [TOKENS_PER_MESSAGE, TOKENS_PER_MESSAGE + 1]
+        assert last.logprobs[0].logprob == -TOKENS_PER_MESSAGE
 
     asyncio.run(read())
 

@@ -236,11 +236,13 @@ class Engine:
         life, state = self._lifecycle, self._state
         state.blocks_free = life.blocks.free
         began = self._clock_ns()
-        moves = self._policy.moves(state, life)
+        moves = self._policy.moves(state, life.mover)
         self._deciding_ns = self._clock_ns() - began
-        life.carry_out(moves)
-        life.move_at_random()
-        life.transfer()
+        life.mover.carry_out(moves)
+        if self._settings.fault_moves_per_pass:
+            life.check_integrity()
+            life.mover.move_at_random(self._settings.fault_moves_per_pass)
+        life.mover.transfer()
         state.blocks_free = life.blocks.free
         state.parked = self._parking.by_stage()
         self._observe_cohort()

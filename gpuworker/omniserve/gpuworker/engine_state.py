@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from omniserve.gpuworker.latency_model import Load
 from omniserve.gpuworker.parking import StageCounts
 from omniserve.gpuworker.queues import ByArrival, FairQueue
-from omniserve.gpuworker.requests import Request
+from omniserve.gpuworker.requests import Place, Request
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,15 @@ class EngineState:
         Once moves are carried out: whoever else could run does.
         """
         return bool(self.ls_waiting) and len(self.ls_running) < self.limits.ls_running_max
+
+    def queue_of(self, request: Request) -> deque[Request] | list[Request] | FairQueue | ByArrival:
+        """Where `request` is; of one that comes back, `be_restoring` has it too."""
+        if request.latency_sensitive:
+            return self.ls_waiting if request.place is Place.WAITING else self.ls_running
+        if request.place is Place.WAITING:
+            return self.be_waiting
+        device = request.place in (Place.PREFILLING, Place.DEVICE)
+        return self.be_device if device else self.be_host
 
     def pages_for(self, tokens: int) -> int:
         return -(-tokens // self.page_tokens)

@@ -29,8 +29,6 @@ from omniserve.sampling import check_sampling
 from omniserve.v1 import status_pb2, types_pb2
 
 _log = logging.getLogger(__name__)
-# Of one message: with twenty log probabilities each they stay far below gRPC's 4 MiB.
-_TOKENS_PER_MESSAGE = 1024
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -114,13 +112,10 @@ class WorkerFront(worker_pb2_grpc.WorkerServiceServicer):
         try:
             while True:
                 await log.wait_beyond(offset)
-                new = slice(offset, min(log.released, offset + _TOKENS_PER_MESSAGE))
-                tokens = log.tokens[new]
-                if tokens:
-                    yield worker_pb2.WorkerServiceGenerateResponse(
-                        offset=offset, token_ids=tokens, logprobs=log.logprobs[new]
-                    )
-                    offset += len(tokens)
+                message = log.message(offset)
+                if message.token_ids:
+                    yield message
+                    offset += len(message.token_ids)
                 if log.ended and offset >= len(log.tokens):
                     break
             if log.finish_reason == types_pb2.FINISH_REASON_ERROR:

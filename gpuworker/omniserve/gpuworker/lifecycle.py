@@ -1,7 +1,7 @@
-"""What happens to a request between arrival and end: queues, memory, moves, tokens.
+"""What happens to a request between arrival and end: its tokens, its servers, what it holds.
 
-Called by the engine's loop only. The policies say which moves to make; this carries them out and
-keeps requests, pages, parked rows and the servers' sequences consistent.
+Called by the engine's loop only; keeps requests, pages, parked rows and the servers' sequences
+consistent. `Mover` moves requests between queue, device and servers in the meantime.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import enum
 import logging
 import pathlib
-import random
-from collections import deque
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 
@@ -23,10 +21,10 @@ from omniserve.gpuworker.device.port import Device
 from omniserve.gpuworker.engine_state import EngineState
 from omniserve.gpuworker.host_kv import HostKv
 from omniserve.gpuworker.kv.device_blocks import DeviceBlocks
+from omniserve.gpuworker.mover import Mover
 from omniserve.gpuworker.outbox import Outbox
 from omniserve.gpuworker.parking import ParkingLot, Rows
-from omniserve.gpuworker.placement import Moves, Placement
-from omniserve.gpuworker.queues import ByArrival, FairQueue
+from omniserve.gpuworker.placement import Placement
 from omniserve.gpuworker.requests import Place, Request
 from omniserve.gpuworker.settings import WorkerSettings
 from omniserve.gpuworker.telemetry import Counters
@@ -35,9 +33,6 @@ from omniserve.v1 import types_pb2
 
 _log = logging.getLogger(__name__)
 _arrival = attrgetter("arrival_ns")
-# A BE request that leaves the device is mirrored, and one that returns is back, an iteration or two
-# later, unless its server has stopped.
-_LEAVING_NS = 250_000_000
 
 
 class Path(enum.Enum):
@@ -71,7 +66,6 @@ class Lifecycle:
             prefix_cache=settings.prefix_cache,
             exact_host=settings.kv_dtype == "auto",
         )
-        self._clock_ns = clock_ns
         self.state = EngineState(pages, settings.page_tokens, config.layers + 1)
         self.parking = ParkingLot(settings.parked_rows, config.layers + 1, clock_ns)
         self.host = HostKv(
@@ -79,13 +73,20 @@ class Lifecycle:
         )
         self._device = device
         self.servers = self.host.servers
-        self.placement = placement
+        self.mover = Mover(
+            placement,
+            self.state,
+            self.blocks,
+            self.parking,
+            self.host,
+            self.counters,
+            clock_ns,
+            settings.fault_seed,
+        )
         self._eos = frozenset(config.eos_token_ids)
         self._outbox = outbox
         self._requests: dict[str, Request] = {}
         self._doomed: list[Request] = []
-        self._move_chance = settings.fault_moves_per_pass
-        self._random = random.Random(settings.fault_seed)
 
     # --- arrivals and ends ---------------------------------------------------------------
 
@@ -152,7 +153,7 @@ class Lifecycle:
 
     def _end(self, request: Request, reason: types_pb2.FinishReason, error: str = "") -> None:
         """Gives back all that `request` holds and says so to the front."""
-        self._queue_of(request).remove(request)
+        self.state.queue_of(request).remove(request)
         if not request.latency_sensitive and request.place is not Place.WAITING:
             self.state.be_waiting.settle(request)
         if request.place is Place.RESTORING:
@@ -166,15 +167,6 @@ class Lifecycle:
             self._doomed.remove(request)
         del self._requests[request.request_id]
         self._outbox.ended(request, reason, error)
-
-    def _queue_of(self, request: Request) -> deque[Request] | list[Request] | FairQueue | ByArrival:
-        state = self.state
-        if request.latency_sensitive:
-            return state.ls_waiting if request.place is Place.WAITING else state.ls_running
-        if request.place is Place.WAITING:
-            return state.be_waiting
-        device = request.place in (Place.PREFILLING, Place.DEVICE)
-        return state.be_device if device else state.be_host
 
     def _doom(self, request: Request, error: str = "") -> None:
         if not request.doomed and request.place is not Place.ENDED:
@@ -214,7 +206,7 @@ class Lifecycle:
                 self.parking.evict(request)
             self.host.forget(request)
             if parked:
-                self._requeue(request)
+                self.mover.requeue(request)
                 if self.state.pages_for(request.known + 1) > self.state.blocks_total:
                     self._doom(request)  # too long by now to start over here: ends as cancelled
         self.host.attach(index, link, segment.pages)
@@ -242,162 +234,6 @@ class Lifecycle:
             self._doom(request, f"KV transfer refused by its server: status {status}")
         self.host.refused.clear()
         self._reap()
-
-    # --- moves ---------------------------------------------------------------------------
-
-    def is_mirrored(self, request: Request) -> bool:
-        """Whether giving up the device pages of `request` costs nothing."""
-        if request.mirrored_sent < request.computed or not self.parking.has_room():
-            return False
-        self._look_at_mirror(request)
-        return request.mirrored >= request.computed
-
-    def is_overdue(self, request: Request) -> bool:
-        if self._clock_ns() - request.left_ns <= _LEAVING_NS:
-            return False
-        if request.place is Place.RESTORING:
-            return not request.imports
-        return request.leaving and not self.is_mirrored(request)
-
-    def is_stranded(self, request: Request) -> bool:
-        if not self.host.is_silent(request):
-            return False
-        return not (
-            request.imports if request.place is Place.RESTORING else self.is_mirrored(request)
-        )
-
-    def waits_at_start(self, request: Request) -> bool:
-        here = request.place is Place.HOST and self.parking.at_start(request.row)
-        return here and not self.host.is_silent(request)
-
-    def can_reserve(self, request: Request) -> bool:
-        return self.placement == "device" or self.host.can_reserve(request)
-
-    def carry_out(self, moves: Moves) -> None:
-        """Makes the moves of a placement decision, in its order.
-
-        A demotion gives back less than was expected where pages are shared: then what would take
-        them waits for the next decision, which knows better.
-        """
-        # Each goes back to the head of its queue.
-        for request in sorted(moves.abandon, key=_arrival, reverse=True):
-            self._requeue(request)
-        for request in moves.leave:
-            self._leave(request)
-        for request in moves.demote:
-            self._demote(request)
-        for request in moves.admit_ls:
-            if not self.blocks.fits(request.limit):
-                return
-            self.state.ls_waiting.remove(request)
-            self._start(request, request.limit)
-            self.state.ls_running.append(request)
-        for request in moves.grow:
-            # The same decision may have demoted it for a request that starts.
-            if request.place is Place.DEVICE and self.blocks.free:
-                self.blocks.grow(request)
-        for request in moves.start_be:
-            self._start_be(request)
-        for request in moves.promote:
-            if self._may_promote(request):
-                self._promote(request)
-
-    def move_at_random(self) -> None:
-        """The test switch: forces demotions and promotions, seeded, and looks over all pools."""
-        if self._move_chance == 0.0 or self.placement == "device":
-            return
-        self.check_integrity()
-        for request in [*self.state.be_device, *self.state.be_host]:
-            if self._random.random() >= self._move_chance:
-                continue
-            if request.place is Place.DEVICE and request.server >= 0:
-                self._leave(request)
-            elif self._may_promote(request):
-                self._promote(request)
-
-    def transfer(self) -> None:
-        """Checkpoints what was computed, goes on with restores, ends those that are complete."""
-        for request in self.state.be_device:
-            if request.server >= 0:
-                if request.mirrored < request.mirrored_sent:
-                    self._look_at_mirror(request)
-                tokens = self.host.checkpoint(request)
-                self.blocks.sent_to(request, request.mirrored_sent + tokens)
-                self.counters.checkpointed_tokens += tokens
-        for request in list(self.state.be_restoring):
-            self.host.restore(request)
-            if request.restored == request.computed and request.transfers == 0:
-                self.parking.remove(request)
-                self.state.be_restoring.remove(request)
-                self.state.be_host.remove(request)
-                self.state.be_device.append(request)
-                self.blocks.promoted(request)
-                request.place = Place.DEVICE
-        self.host.start_transfers()
-
-    def _look_at_mirror(self, request: Request) -> None:
-        # The arena may already have tokens beyond those of which this was asked.
-        self.blocks.mirrored_to(request, min(self.host.mirrored(request), request.mirrored_sent))
-
-    def _may_promote(self, request: Request) -> bool:
-        return self.waits_at_start(request) and self.blocks.fits(request.known + 1)
-
-    def _start(self, request: Request, tokens: int) -> None:
-        """`request` begins on the device, in pages for `tokens` tokens."""
-        self.blocks.start(request, tokens)
-        request.place = Place.PREFILLING
-        self.counters.prefix_cache_query_tokens += request.known
-        self.counters.prefix_cache_hit_tokens += request.computed
-        if request.dropped == 0:
-            request.cached_tokens = min(request.computed, request.prompt_tokens)
-        self.counters.recomputed_tokens += max(0, request.dropped - request.computed)
-
-    def _start_be(self, request: Request) -> None:
-        reserve = self.placement != "device"
-        tokens = request.known + 1 if reserve else request.limit
-        if not self.blocks.fits(tokens):
-            return
-        if reserve:
-            self.host.reserve(request)
-        self.state.be_waiting.start(request)
-        self._start(request, tokens)
-        self.state.be_device.append(request)
-
-    def _leave(self, request: Request) -> None:
-        if not request.leaving:
-            request.leaving, request.left_ns = True, self._clock_ns()
-
-    def _demote(self, request: Request) -> None:
-        self.state.be_device.remove(request)
-        self.blocks.demote(request)
-        request.place = Place.HOST
-        request.leaving = False
-        self.parking.park(request)
-        self.state.be_host.append(request)
-        self.counters.demotions += 1
-
-    def _promote(self, request: Request) -> None:
-        self.parking.hold(request.row)
-        self.blocks.promote(request)
-        request.place = Place.RESTORING
-        request.left_ns = self._clock_ns()
-        self.state.be_restoring.append(request)
-        self.counters.promotions += 1
-
-    def _requeue(self, request: Request) -> None:
-        """Back to the head of the queue; what it does not find cached is computed again."""
-        self._queue_of(request).remove(request)
-        if request.place is Place.RESTORING:
-            self.state.be_restoring.remove(request)
-        if request.row >= 0:
-            self.parking.remove(request)
-        request.dropped = request.computed
-        self.blocks.release(request)
-        self.host.release(request)
-        request.computed = 0
-        request.leaving = False
-        request.place = Place.WAITING
-        self.state.be_waiting.appendleft(request)
 
     # --- bookkeeping ---------------------------------------------------------------------
 

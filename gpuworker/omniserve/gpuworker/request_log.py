@@ -11,6 +11,9 @@ import numpy as np
 from omniserve.internal.v1 import worker_pb2
 from omniserve.v1 import types_pb2
 
+# With twenty log probabilities each they stay far below the 4 MiB that gRPC takes by default.
+TOKENS_PER_MESSAGE = 1024
+
 
 class RequestLog:
     """Written by the engine's events, read by the stream that serves the request (or resumes).
@@ -88,6 +91,13 @@ class RequestLog:
             changed = asyncio.get_running_loop().create_future()
             self._waiting.append(changed)
             await changed
+
+    def message(self, offset: int) -> worker_pb2.WorkerServiceGenerateResponse:
+        """The released tokens from `offset` on, but no more than a message may have."""
+        new = slice(offset, min(self.released, offset + TOKENS_PER_MESSAGE))
+        return worker_pb2.WorkerServiceGenerateResponse(
+            offset=offset, token_ids=self.tokens[new], logprobs=self.logprobs[new]
+        )
 
     def release(self) -> None:
         """Readers see all tokens that are there."""
