@@ -36,7 +36,7 @@ def main() -> int:
     options = _options()
     flags = {"be-placement": "host", "dtype": options.dtype, "threads": options.threads}
     gaps: dict[str, list[float]] = {"alone": [], "stopped": []}
-    with WorkerStack(worker_flags=flags) as stack:
+    with WorkerStack(server_flags={"background": True}, worker_flags=flags) as stack:
         _ls_gaps_ms(stack, options.tokens)  # warms up
         for number in range(options.rounds):
             gaps["alone"] += _ls_gaps_ms(stack, options.tokens)

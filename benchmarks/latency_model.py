@@ -61,7 +61,7 @@ def main() -> int:
             "iteration-log": log,
             "policy": options.policy,
         }
-        with WorkerStack(worker_flags=flags) as stack:
+        with WorkerStack(server_flags={"background": True}, worker_flags=flags) as stack:
             _mix(stack, options.seconds / 4, seed=1)  # the factors settle
             before = _timed(lambda: _repeat(stack))
             mixed = _timed(lambda: _mix(stack, options.seconds, seed=0))

@@ -59,7 +59,7 @@ def serve(
     }
     return WorkerStack(
         servers=servers,
-        server_flags=server_flags,
+        server_flags={"background": True} | dict(server_flags),  # as it is by default
         worker_flags=worker_flags
         | {name.replace("_", "-"): value for name, value in flags.items()},
         arena_bytes=layout.arena_bytes(geometry, max(pages, geometry.max_pages_per_sequence)),

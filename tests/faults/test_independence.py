@@ -17,7 +17,7 @@ from omniserve.errors import NoWorkerError, from_rpc_error
 from omniserve.internal.v1 import worker_pb2
 from omniserve.v1 import status_pb2, types_pb2
 
-TOKENS = 48
+TOKENS = 64
 BEGUN = 6
 """Tokens after which a request certainly decodes through its server."""
 LEASE_S = 3.0
@@ -35,7 +35,7 @@ def stack(shared_stack: WorkerStack) -> Iterator[WorkerStack]:
     yield shared_stack
     shared_stack.wait_until("everything given back", is_empty)
     assert shared_stack.telemetry().ring_waits == 0
-    assert shared_stack.is_serving()
+    wait_for("health", shared_stack.is_serving)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +189,7 @@ def test_an_id_is_free_again_once_its_last_request_has_ended(
     stack.signal_servers(signal.SIGSTOP)
     stack.wait_until("its row away", lambda status: status.telemetry.rows_away == 1)
     stream.call.cancel()
-    time.sleep(LEASE_S + 0.5)  # the engine cannot let go of it yet
+    time.sleep(2 * LEASE_S)  # the engine cannot let go of it yet
     with pytest.raises(grpc.RpcError) as refused:
         stack.start(prompts[0], TOKENS, request_id="again", ignore_eos=True).finish()
     assert isinstance(from_rpc_error(refused.value), NoWorkerError)
@@ -249,14 +249,17 @@ def test_a_cancelled_request_ends_and_gives_everything_back(
 def test_a_broken_stream_is_resumed_by_id_and_offset(
     stack: WorkerStack, prompts: list[list[int]], expected: list[list[int]], best_effort: bool
 ) -> None:
-    with grpc.insecure_channel(stack.worker.address) as channel:
-        broken = stack.start(
-            prompts[1], TOKENS, best_effort=best_effort, ignore_eos=True, channel=channel
-        )
-        broken.read(BEGUN)
-    kept = broken.tokens
-    resumed = stack.start(prompts[1], TOKENS, request_id=broken.request_id, resume_offset=len(kept))
-    assert kept + resumed.finish() == expected[1]
+    def broken_and_resumed() -> tuple[Stream, Stream] | None:
+        with grpc.insecure_channel(stack.worker.address) as channel:
+            broken = stack.start(
+                prompts[1], TOKENS, best_effort=best_effort, ignore_eos=True, channel=channel
+            )
+            broken.read(BEGUN)
+        resumed = stack.rest(broken, prompts[1], TOKENS)
+        return (broken, resumed) if resumed is not None else None
+
+    broken, resumed = wait_for("a stream that is resumed in time", broken_and_resumed)
+    assert broken.tokens + resumed.tokens == expected[1]
     assert resumed.finish_reason == types_pb2.FINISH_REASON_LENGTH
 
 

@@ -22,7 +22,7 @@ from support.worker_stack import START_S, WorkerStack
 from omniserve.client import Client, JobItem, OmniServeError, SamplingParams
 
 MODEL = "SmolLM2-135M-Instruct"
-ITEMS = 16
+ITEMS = 40
 SAMPLING = SamplingParams(max_tokens=120, ignore_eos=True)
 CONTROLPLANE = {"job_window_items": 8, "job_reclaim_s": 1.0, "job_renew_s": 0.2}
 

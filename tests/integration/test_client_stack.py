@@ -25,7 +25,7 @@ from omniserve.client import Client, SamplingParams
 from omniserve.client.stack import ProcessFailedError, Stack, StackSettings
 from omniserve.errors import AddressInUseError, ModelFileError, SharedMemoryError
 
-WAIT_S = 60.0
+WAIT_S = 180.0
 Make = Callable[..., StackSettings]
 
 

@@ -279,8 +279,9 @@ def test_attainment_counts_refused_requests_as_missed(
 ) -> None:
     for key in stack.redis.scan_iter("omniserve:ls:*"):
         stack.redis.delete(key)
+    met = types_pb2.Slo(ttft_ms=60_000, tpot_ms=60_000)
     for _ in range(3):
-        list(controlplane.inference.Generate(ask()))
+        list(controlplane.inference.Generate(ask(slo=met)))
     error_of(controlplane, ask(slo=types_pb2.Slo(ttft_ms=0.5)))
 
     def counted() -> status_pb2.GetStatusResponse | None:

@@ -105,7 +105,7 @@ def test_what_a_cancelled_request_had_computed_is_found(
     stack: WorkerStack, model: TinyModel, best_effort: bool
 ) -> None:
     asked = prompt(90 + best_effort, 500)
-    cancelled = stack.start(asked, 500, best_effort=best_effort, ignore_eos=True)
+    cancelled = stack.start(asked, 1500, best_effort=best_effort, ignore_eos=True)
     cancelled.read(1)
     assert stack.cancel(cancelled)
     cancelled.finish()

@@ -64,7 +64,7 @@ def test_without_the_password_a_control_plane_is_up_but_not_ready(
     controlplane = stack.controlplane(wait=False, log_level="info", **flags)
     wait_for("its answer", controlplane.health)
     assert controlplane.health() == 2
-    assert "Authentication required" in controlplane.log_path.read_text()
+    wait_for("the cause", lambda: "Authentication required" in controlplane.log_path.read_text())
 
 
 @pytest.mark.parametrize("service", ["controlplane", "gpuworker"])

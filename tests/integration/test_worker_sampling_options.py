@@ -12,7 +12,8 @@ import pytest
 import torch
 from support.random_models import KINDS, make
 from support.sampling_reference import nearly_tied, next_token
-from support.worker_stack import WorkerStack
+from support.stack import wait_for
+from support.worker_stack import Stream, WorkerStack
 
 from omniserve.gpuworker.sampling_params import SamplingParams
 from omniserve.internal.v1 import worker_pb2
@@ -122,13 +123,16 @@ def test_logprobs_are_the_model_s_own_one_per_token(
 
 
 def test_a_stream_that_resumes_gets_the_logprobs_of_its_own_tokens(stack: WorkerStack) -> None:
-    options: dict[str, Any] = {"ignore_eos": True, "logprobs": 1, "request_id": "resumed"}
-    first = stack.start(PROMPT, 100, **options)
-    first.read(10)
-    offset = len(first.tokens)
-    assert len(first.logprobs) == offset
-    second = stack.start(PROMPT, 100, resume_offset=offset, **options)
-    second.finish()
-    first.finish()
-    assert len(second.logprobs) == len(second.tokens) == 100 - offset
-    assert first.logprobs[offset:] == second.logprobs
+    options: dict[str, Any] = {"ignore_eos": True, "logprobs": 1}
+
+    def first_and_resumed() -> tuple[Stream, Stream] | None:
+        first = stack.start(PROMPT, 100, **options)
+        first.read(10)
+        assert len(first.logprobs) == len(first.tokens)
+        second = stack.rest(first, PROMPT, 100, **options)
+        first.finish()
+        return (first, second) if second is not None else None
+
+    first, second = wait_for("a stream that is resumed in time", first_and_resumed)
+    assert len(second.logprobs) == len(second.tokens)
+    assert first.logprobs[100 - len(second.tokens) :] == second.logprobs

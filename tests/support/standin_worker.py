@@ -188,7 +188,7 @@ async def main() -> None:
         value = json.dumps({"address": options.listen, "status": status})
         # Redis is down in some tests.
         with contextlib.suppress(redis.exceptions.RedisError, OSError):
-            await client.set(keys.worker(options.worker_id), value, px=1500)
+            await client.set(keys.worker(options.worker_id), value, px=4000)
         await asyncio.sleep(HEARTBEAT_S)
 
 

@@ -20,6 +20,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from support.signals import send
 from support.stack import MODEL_PATH, free_port, wait_for
 
+from omniserve.errors import RequestNotFoundError, from_rpc_error
 from omniserve.internal.v1 import worker_pb2, worker_pb2_grpc
 from omniserve.shm import layout
 from omniserve.v1 import status_pb2, types_pb2
@@ -133,7 +134,12 @@ class WorkerStack:
         self.services: list[Service] = []
         try:
             for index in range(servers):
-                flags = {"server-id": f"a{index}", "arena-bytes": arena_bytes, "fault-seed": index}
+                flags = {
+                    "server-id": f"a{index}",
+                    "arena-bytes": arena_bytes,
+                    "fault-seed": index,
+                    "background": False,  # there it may stand for seconds on a busy machine
+                }
                 flags |= server_flags
                 self.servers.append(self._start("omniserve.cpuattn", flags, f"a{index}"))
             addresses = ",".join(server.address for server in self.servers)
@@ -233,6 +239,23 @@ class WorkerStack:
     def generate(self, prompt: Sequence[int], max_tokens: int = 64, **options: Any) -> list[int]:
         return self.start(prompt, max_tokens, **options).finish()
 
+    def rest(
+        self, stream: Stream, prompt: Sequence[int], max_tokens: int, **options: Any
+    ) -> Stream | None:
+        """Resumes behind what `stream` has read, to the end; None if the request was gone by then.
+
+        It is, if this process stands for longer than the worker needs for the rest.
+        """
+        options |= {"request_id": stream.request_id, "resume_offset": len(stream.tokens)}
+        rest = self.start(prompt, max_tokens, **options)
+        try:
+            rest.finish()
+        except grpc.RpcError as error:
+            if isinstance(from_rpc_error(error), RequestNotFoundError):
+                return None
+            raise
+        return rest
+
     def cancel(self, stream: Stream) -> bool:
         """Whether the worker still ran it."""
         request = worker_pb2.WorkerServiceCancelRequest(request_id=stream.request_id)
@@ -258,7 +281,7 @@ class WorkerStack:
     def wait_until_idle(self) -> None:
         """Nothing is held: the engine has looked its pools over, and all processes live."""
         self.wait_until("everything given back", _is_idle)
-        assert self.is_serving()
+        wait_for("health", self.is_serving)
 
     def signal_servers(self, number: signal.Signals) -> None:
         for server in self.servers:
