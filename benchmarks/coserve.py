@@ -51,7 +51,7 @@ def main() -> int:
     runs = Runs(options.runs, options.runs_max)
     saturation = options.saturation
     if saturation is None and options.rate is None:
-        saturation = saturation_per_s(load, runs)
+        saturation = saturation_per_s(load, runs, options.saturation_max)
     rate = options.rate
     if rate is None and saturation is not None:
         rate = LOAD * saturation
@@ -90,6 +90,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--sequences", type=int, default=256, help="BE requests in flight")
     parser.add_argument("--saturation", type=float, help="LS requests a second; skips bisection")
+    parser.add_argument(
+        "--saturation-max", type=float, default=8.0, help="where bisection begins (default 8)"
+    )
     parser.add_argument("--rate", type=float, help="LS requests a second; skips both")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
     return parser.parse_args()

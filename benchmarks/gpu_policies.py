@@ -7,7 +7,8 @@ tokens each that does not end, and after `--settle-s` the same LS requests: Gamm
 3, lengths of a conversation trace. The device's KV is limited to `--device-kv-gb`; the server keeps
 `--sequences` BE sequences: at the defaults 34 GB on the tmpfs of /dev/shm.
 
-The last line is one JSON object: `policies[].{name,ls_attainment,ls_attainment_ci,ls_requests,
+With `--json` a line follows every run, so that one that is cut off leaves what it had. The last
+line is one JSON object: `policies[].{name,ls_attainment,ls_attainment_ci,ls_requests,
 ls_completed,ls_ttft_p99_ms,ls_tpot_p99_ms,be_tokens_per_s,servers_read_gbs,tokens_by_path}`,
 `host_read_gbs` and `omniserve.{points_below_ls_only,be_over_reserve,be_over_preempt,
 be_over_sync_offload,servers_read_fraction}`. No GPU has run it yet; `--device cpu` tries it
@@ -51,7 +52,15 @@ def main() -> int:
             for policy in options.policies:
                 headroom = options.headroom if policy == "reserve" else None
                 runs.make(load, policy, headroom, options.rate, seed)
-    report = {
+                if options.json:
+                    print(json.dumps(_report(options, load, runs)), flush=True)
+    if not options.json:
+        print(json.dumps(_report(options, load, runs), indent=2))
+    return 0
+
+
+def _report(options: argparse.Namespace, load: CoserveLoad, runs: Runs) -> dict[str, Any]:
+    return {
         "shape": options.shape,
         "device": options.device,
         "lengths": load.lengths.source,
@@ -59,8 +68,6 @@ def main() -> int:
         "rate_per_s": options.rate,
         "headroom": options.headroom,
     } | summary(runs.done)
-    print(json.dumps(report) if options.json else json.dumps(report, indent=2))
-    return 0
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -127,8 +134,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--headroom", type=float, default=0.2, help="of `reserve`, the only one")
     parser.add_argument("--seeds", type=int, default=1, help="of LS arrivals, pooled")
     parser.add_argument("--rate", type=float, default=8.0, help="LS requests a second")
-    parser.add_argument("--duration-s", type=float, default=30.0, help="of LS arrivals")
-    parser.add_argument("--settle-s", type=float, default=30.0, help="of the backlog before them")
+    parser.add_argument("--duration-s", type=float, default=20.0, help="of LS arrivals")
+    parser.add_argument("--settle-s", type=float, default=15.0, help="of the backlog before them")
     parser.add_argument("--device-kv-gb", type=float, default=8.0)
     parser.add_argument("--sequences", type=int, default=32, help="BE sequences at the server")
     parser.add_argument("--backlog", type=int, default=512, help="BE requests in all")
@@ -141,7 +148,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--output-cap", type=int, default=200, help="tokens of an LS answer")
     parser.add_argument("--slo-ttft-ms", type=float, default=1000.0)
     parser.add_argument("--slo-tpot-ms", type=float, default=50.0)
-    parser.add_argument("--json", action="store_true", help="print one JSON object, last")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a run")
     return parser.parse_args()
 
 

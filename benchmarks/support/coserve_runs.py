@@ -118,9 +118,12 @@ class Runs:
         return made
 
 
-def saturation_per_s(load: CoserveLoad, runs: Runs) -> float | None:
-    """The highest rate at which `ls-only` attains 0.95; None if this call may not go on."""
-    low, high = 0.0, 8.0
+def saturation_per_s(load: CoserveLoad, runs: Runs, most_per_s: float) -> float | None:
+    """The highest rate below `most_per_s` at which `ls-only` attains 0.95.
+
+    None if this call may not go on. Far above it every run takes long: all requests are served.
+    """
+    low, high = 0.0, most_per_s
     for _ in range(_STEPS):
         rate = (low + high) / 2
         missed = _missed(load, runs, rate)

@@ -167,11 +167,11 @@ class Ride:
 
     def run(self) -> None:
         """Until the LS request and, if their servers answer, all parked rows are done."""
-        chunks = self._chunks()
-        for chunk in chunks:
+        for chunk in self._chunks():
             self._pass(Cohort([chunk], PAGE_TOKENS))
         while self._answering and not all(row.is_done() for row in self.parked):
             self._pass(None)
+        self._device.serve([])  # memory that is freed while it is registered is nobody's again
 
     def check(self, model: WeightSource) -> None:
         """Compares all logits with those of the `cpu` back end."""

@@ -72,7 +72,8 @@ class SimulatedStream:
     def go_on(self) -> None:
         kind, what = self._queue.popleft()
         if kind == "work":
-            what()
+            with _Copies(self._gpu.pinned_storages):
+                what()
         elif kind == "record":
             what.reached = True
             what.reached_ns = self._gpu.now_ns
@@ -87,6 +88,7 @@ class SimulatedGpu:
         self._random = random.Random(seed)
         self._streams: list[SimulatedStream] = []
         self._memory: list[torch.Tensor] = []
+        self.pinned_storages: set[int] = set()
         self._stalled: SimulatedStream | None = None
         self.captured = 0
         self.now_ns = 0
@@ -101,7 +103,9 @@ class SimulatedGpu:
         return self._memory[-1]
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(shape, dtype=dtype)
+        memory = torch.zeros(shape, dtype=dtype)
+        self.pinned_storages.add(memory.untyped_storage().data_ptr())
+        return memory
 
     def map_host(self, memory: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(memory).view(dtype)
@@ -138,6 +142,21 @@ class SimulatedGpu:
         for tensor, before in zip(self._memory, kept, strict=True):
             tensor.copy_(before)
         return recording.replay
+
+
+class _Copies(TorchDispatchMode):
+    """Fails where a copy between the host and the device would make the host wait."""
+
+    def __init__(self, pinned: set[int]) -> None:
+        super().__init__()
+        self._pinned = pinned
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            sides = args[:2]
+            if any(side.untyped_storage().data_ptr() in self._pinned for side in sides):
+                assert all(side.is_contiguous() for side in sides), "a copy through pageable memory"
+        return func(*args, **(kwargs or {}))
 
 
 class _Recording(TorchDispatchMode):

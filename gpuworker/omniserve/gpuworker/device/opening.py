@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import platform
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -36,7 +38,10 @@ def open_device(settings: WorkerSettings, config: ModelConfig, weights: DecoderW
 def hardware(settings: WorkerSettings) -> tuple[str, str]:
     """Returns the device's name and what runs on it: a profile is good for these alone."""
     if settings.device == "cuda":
-        return torch.cuda.get_device_name(), f"torch {torch.__version__}"
+        kernels = "plain"
+        if find_spec("flashinfer") is not None:
+            kernels = f"flashinfer {version('flashinfer-python')}"
+        return torch.cuda.get_device_name(), f"torch {torch.__version__}, {kernels}"
     core = Path(attnkernel.__path__[0]).glob("_core*.so")
     build = [f"{stat.st_size}-{stat.st_mtime_ns}" for stat in sorted(c.stat() for c in core)]
     return _cpu_name(), " ".join([attnkernel.kernel_name(), *build])

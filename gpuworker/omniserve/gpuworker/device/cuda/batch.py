@@ -10,9 +10,11 @@ import numpy.typing as npt
 import torch
 
 from omniserve.gpuworker.device.cuda.gpu import Gpu
+from omniserve.gpuworker.device.cuda.upload import Upload
 from omniserve.gpuworker.device.port import DONE, Event
 
 _ROWS, _POSITIONS, _TOKENS, _SLOTS = range(4)
+_FIELDS = 4
 _Int64s = npt.NDArray[np.int64]
 
 
@@ -44,9 +46,9 @@ class Batch:
     """
 
     def __init__(self, gpu: Gpu, rows_max: int, scratch_row: int) -> None:
-        self._host = gpu.pinned(4, rows_max, dtype=torch.int64)
-        self._arrays = self._host.numpy()
-        self.device = gpu.zeros(4, rows_max, dtype=torch.int64)
+        self._upload = Upload(gpu, _FIELDS, rows_max)
+        self.device = self._upload.device(0)
+        """[fields, padded]: the index arrays, once they are uploaded."""
         self._scratch_row = scratch_row
         self.rows = 0
         """In the batch, ..."""
@@ -76,7 +78,8 @@ class Batch:
         self.rows = len(rows)
         self.padded = padded_to(self.rows)
         self.order = order = np.argsort(servers, kind="stable")
-        arrays = self._arrays[:, : self.padded]
+        self.device = self._upload.device(self.padded)
+        arrays = self._upload.host(self.padded)
         arrays[:, self.rows :] = 0
         arrays[_ROWS, self.rows :] = self._scratch_row
         arrays[_ROWS, : self.rows] = rows[order]
@@ -92,18 +95,18 @@ class Batch:
 
     def upload(self) -> None:
         """Enqueues the copy of what `fill` left."""
-        self.device[:, : self.padded].copy_(self._host[:, : self.padded], non_blocking=True)
+        self._upload.copy(self.padded)
 
 
 class Index:
     """The index arrays that graphs read: always the same memory."""
 
     def __init__(self, gpu: Gpu, rows_max: int) -> None:
-        self._arrays = gpu.zeros(4, rows_max, dtype=torch.int64)
+        self._arrays = gpu.zeros(_FIELDS, rows_max, dtype=torch.int64)
 
     def load(self, batch: Batch) -> None:
         """Enqueues the copy."""
-        self._arrays[:, : batch.padded].copy_(batch.device[:, : batch.padded])
+        self._arrays[:, : batch.padded].copy_(batch.device)
 
     def rows(self, count: int) -> torch.Tensor:
         return self._arrays[_ROWS, :count]

@@ -181,12 +181,14 @@ class CudaDevice:
         most, in_pass = self._sizes.sampled_rows, has_ls(cohorts)
         if len(wanted) <= most:
             return self._sample(parts, in_pass, wanted, meanwhile)
-        found = []
+        best = np.empty(len(wanted), np.int64)
+        logits = torch.empty(len(wanted), self.config.vocabulary)  # touched where wanted
         for first in range(0, len(wanted), most):
             rows = slice(first, first + most)
-            best, logits = self._sample(_sliced(parts, rows), in_pass, wanted[rows], meanwhile)
-            found.append((best, logits.clone()))
-        return np.concatenate([best for best, _ in found]), torch.cat([rows for _, rows in found])
+            best[rows], found = self._sample(_sliced(parts, rows), in_pass, wanted[rows], meanwhile)
+            for row in np.flatnonzero(wanted[rows]).tolist():
+                logits[first + row] = found[row]
+        return best, logits
 
     def wait(self, meanwhile: Callable[[], None]) -> None:
         self._until(self._model.record(), meanwhile)

@@ -19,6 +19,8 @@ class DevicePages:
         """[layers, pages, K and V, page_tokens, kv_heads, head_dim]: FlashInfer's NHD."""
         self._places = self.layers.transpose(2, 3)
         """The same memory, [layers, pages, page_tokens, K and V, kv_heads, head_dim]."""
+        self._words = self._places.view(torch.int64)
+        """As `_places`, for copies across the bus: elements of two bytes would go one by one."""
 
     def append(
         self, layer: int, kv: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor
@@ -34,10 +36,11 @@ class DevicePages:
         slab: [slots, tokens of a slot, 2 kv_size].
         """
         layers, pages, offsets, slots, indices = places
-        slab.index_put_((slots, indices), self._places[layers, pages, offsets].flatten(1))
+        words = self._words[layers, pages, offsets].flatten(1)
+        slab.view(torch.int64).index_put_((slots, indices), words)
 
     def take_in(self, places: torch.Tensor, slab: torch.Tensor) -> None:
         """Copies KV from slots of a server; arguments as those of `export`."""
         layers, pages, offsets, slots, indices = places
-        rows = slab[slots, indices].view(-1, *self._places.shape[3:])
-        self._places.index_put_((layers, pages, offsets), rows)
+        rows = slab.view(torch.int64)[slots, indices].view(-1, *self._words.shape[3:])
+        self._words.index_put_((layers, pages, offsets), rows)
