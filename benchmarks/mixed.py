@@ -32,7 +32,6 @@ from support.worker import pages_for, serve
 
 from omniserve.client.bench.arrivals import arrival_times_s
 
-SLO = Slo(ttft_ms=425, tpot_ms=45)
 PROMPT = LogNormal(mean=200, cap=800, sigma=0.8)
 OUTPUT = LogNormal(mean=80, cap=200, sigma=0.6)
 BATCH = Arrival(0.0, 1000, 128, best_effort=True)
@@ -61,6 +60,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--duration-s", type=float, default=60.0, help="of arrivals (default 60)")
     parser.add_argument("--rate", type=float, default=1.0, help="LS requests a second (default 1)")
     parser.add_argument("--backlog", type=int, default=64, help="BE requests (default 64)")
+    parser.add_argument("--slo-ttft-ms", type=float, default=425.0)
+    parser.add_argument("--slo-tpot-ms", type=float, default=45.0)
     parser.add_argument("--seed", type=int, default=0, help="of arrivals and lengths (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object, last")
     return parser.parse_args()
@@ -69,18 +70,18 @@ def _options() -> argparse.Namespace:
 def _measure(
     device_kv_tokens: int, backlog: Sequence[Arrival], options: argparse.Namespace
 ) -> dict[str, Any]:
-    chats = _chats(options)
+    chats, slo = _chats(options), Slo(options.slo_ttft_ms, options.slo_tpot_ms)
     whole = options.backlog * pages_for(BATCH.prompt_tokens + BATCH.output_tokens)
     with serve(
         device_kv_tokens=device_kv_tokens, servers=SERVERS, pages=whole // SERVERS + 64
     ) as stack:
-        load = Load(stack.worker.address, SLO, options.seed)
+        load = Load(stack.worker.address, slo, options.seed)
         load.run([Arrival(0.0, 64, 8)])  # warms up
         before, cpu = settled(stack), CpuTime(stack)
         sent = load.run([*chats, *backlog])
         cores = cpu.cores()
         by_path = tokens_by_path(before, settled(stack))
-    result = ls_figures(sent[: len(chats)], SLO)
+    result = ls_figures(sent[: len(chats)], slo)
     if backlog:
         seconds = makespan_s(sent[len(chats) :])
         result["be_makespan_s"] = round(seconds, 2)
