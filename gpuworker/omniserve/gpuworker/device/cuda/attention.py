@@ -111,7 +111,7 @@ class FlashInferAttention:
         if (lane, window) not in self._wrappers:
             workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
             # Only its FlashAttention 2 kernels put all heads of a group into one tile. Those of the
-            # third, which "auto" takes on Hopper, need 2.5 times as long for rows that decode.
+            # third, which "auto" takes on Hopper, are said to need 2.5 times as long to decode.
             self._wrappers[lane, window] = self._wrapper(workspace, "NHD", backend="fa2")
         return self._wrappers[lane, window]
 
