@@ -37,28 +37,29 @@ class Cohort:
         self.stage = 0
         self.held: Any = None
         """What the device keeps of it between its stages."""
-        counts = [chunk.tokens for chunk in chunks]
-        self.rows = sum(counts)
-        positions = np.concatenate([np.arange(c.start, c.end) for c in chunks])
-        self.tokens = torch.from_numpy(
-            np.concatenate([c.request.tokens[c.start : c.end] for c in chunks])
-        )
+        requests = [chunk.request for chunk in chunks]
+        self.first_position = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+        self.n_rows = np.array([chunk.tokens for chunk in chunks], dtype=np.int32)
+        ends = self.n_rows.cumsum(dtype=np.int32)
+        self.first_row = ends - self.n_rows
+        self.rows = int(ends[-1])
+        owner = np.arange(len(chunks)).repeat(self.n_rows)
+        positions = np.arange(self.rows) + (self.first_position - self.first_row)[owner]
         self.positions = torch.from_numpy(positions)
-        self.first_row = np.cumsum([0, *counts[:-1]], dtype=np.int32)
-        self.n_rows = np.asarray(counts, dtype=np.int32)
-        self.first_position = np.asarray([c.start for c in chunks], dtype=np.int32)
-        width = max(len(c.request.blocks) for c in chunks)
+        self.tokens = torch.from_numpy(
+            np.concatenate([r.tokens[start : start + tokens] for r, start, tokens in chunks])
+        )
+        width = max([len(request.blocks) for request in requests])
         self.tables = np.full((len(chunks), width), -1, dtype=np.int32)
-        for index, chunk in enumerate(chunks):
-            self.tables[index, : len(chunk.request.blocks)] = chunk.request.blocks
-        owner = np.repeat(np.arange(len(chunks)), counts)
-        self.pages = self.tables[owner, positions // page_tokens]
-        self.offsets = (positions % page_tokens).astype(np.int32)
-        last_rows = self.first_row + self.n_rows - 1
-        finishing = [i for i, c in enumerate(chunks) if c.end == c.request.known]
-        self.sampled = [chunks[i].request for i in finishing]
+        for table, request in zip(self.tables, requests, strict=True):
+            table[: len(request.blocks)] = request.blocks
+        pages, offsets = np.divmod(positions, page_tokens)
+        self.pages = self.tables[owner, pages]
+        self.offsets = offsets.astype(np.int32)
+        finishing = [i for i, (r, start, n) in enumerate(chunks) if start + n == r.known]
+        self.sampled = [requests[i] for i in finishing]
         """Requests whose next token this cohort's last stage yields."""
-        self.sampled_rows = torch.from_numpy(last_rows[finishing].astype(np.int64))
+        self.sampled_rows = torch.from_numpy(ends[finishing].astype(np.int64) - 1)
 
 
 def has_ls(cohorts: Sequence[Cohort]) -> bool:
