@@ -8,10 +8,11 @@ with parked rows boarding every stage, whose q, k, v go to a slab on this host a
 comes from there; no server answers, as what one takes is not the question. `transfers`: KV between
 pages and slots against a copy between pinned memory and the device.
 
-The last line is one JSON object: `ls[].{batch,tpot_ms,roofline_ms,fraction,bubble_ms}`,
-`boarded[].{rows,pass_ms,over_alone,bubble_ms}`, `transfers.{checkpoint,restore}_fraction`,
-`limits.{copy_gbs,to_host_gbs,to_device_gbs}`; `bubble_ms` is how long of a pass the device had
-nothing to do between its stages. No GPU has run it yet.
+The last line is one JSON object: `ls[].{batch,tpot_ms,roofline_ms,fraction,bubble_ms,launch_ms}`,
+`boarded[].{rows,pass_ms,over_alone,bubble_ms,launch_ms}`,
+`transfers.{checkpoint,restore}_fraction`, `limits.{copy_gbs,to_host_gbs,to_device_gbs}`;
+`bubble_ms` is how long of a pass the device had nothing to do between its stages, `launch_ms` how
+long the host needed to launch all stages but the last. No GPU has run it yet.
 """
 
 from __future__ import annotations
@@ -54,6 +55,14 @@ class Link(NamedTuple):
     out_offset: int
 
 
+class Pass(NamedTuple):
+    """Times in ms."""
+
+    whole: float
+    bubble: float
+    launch: float
+
+
 class Bench:
     """One device, and what its passes take."""
 
@@ -81,23 +90,25 @@ class Bench:
         tensors = [t for layer in weights.layers for t in vars(layer).values() if t is not None]
         self.weight_bytes = sum(t.nbytes for t in [*tensors, weights.head])
 
-    def pass_s(self, batch: int, boarded: int) -> tuple[float, float]:
-        """One pass of `batch` LS rows, with `boarded` parked rows at every stage.
-
-        Returns its time, and for how much of it the device had nothing to do between stages.
-        """
+    def run(self, batch: int, boarded: int) -> Pass:
+        """One pass of `batch` LS rows, with `boarded` parked rows at every stage."""
         device, layers = self.device, self.config.layers
         cohort = Cohort([self._decode(row) for row in range(batch)], PAGE_TOKENS)
         bubble_ns = device.bubble_ns
-        start = time.perf_counter()
+        parked = [self._parked(stage, boarded) for stage in range(layers + 1)]
+        launch_ns = 0
+        start_ns = time.perf_counter_ns()
         for stage in range(layers):
             _until(device.has_room)
-            device.run(stage, [cohort], self._parked(stage, boarded))
+            began_ns = time.perf_counter_ns()
+            device.run(stage, [cohort], parked[stage])
             device.attend(stage, cohort)
+            launch_ns += time.perf_counter_ns() - began_ns
         _until(device.has_room)
         nobody = np.zeros(batch + boarded, np.bool_)
-        device.finish([cohort], self._parked(layers, boarded), nobody, _nothing)
-        return time.perf_counter() - start, (device.bubble_ns - bubble_ns) / 1e9
+        device.finish([cohort], parked[layers], nobody, _nothing)
+        whole_ns = time.perf_counter_ns() - start_ns
+        return Pass(*(ns / 1e6 for ns in (whole_ns, device.bubble_ns - bubble_ns, launch_ns)))
 
     def transfer_s(self, copy: Callable[[Any, KvPlaces], Event]) -> tuple[float, int]:
         """Returns the time and the bytes of a CHECKPOINT or RESTORE."""
@@ -142,34 +153,29 @@ def measure(
     limits = _limits(gpu)
     bench = Bench(gpu, shape, context, max(*batches, BESIDE), max(boarded))
     kinds = [(batch, 0) for batch in batches] + [(BESIDE, rows) for rows in boarded]
-    taken: dict[tuple[int, int], list[tuple[float, float]]] = {kind: [] for kind in kinds}
+    taken: dict[tuple[int, int], list[Pass]] = {kind: [] for kind in kinds}
     for turn in range(rounds + 3):  # graphs are made in the second pass of a kind
-        for kind, times in taken.items():
-            both_s = bench.pass_s(*kind)
+        for kind, passes in taken.items():
+            times = bench.run(*kind)
             if turn >= 3:
-                times.append(both_s)
-    medians, bubbles = (
-        {kind: statistics.median(times[index] for times in taken[kind]) for kind in kinds}
-        for index in range(2)
-    )
+                passes.append(times)
+    medians = {
+        kind: Pass(*(statistics.median(times) for times in zip(*passes, strict=True)))
+        for kind, passes in taken.items()
+    }
     ls = []
     for batch in batches:
         read = bench.weight_bytes + batch * context * bench.kv_token_bytes
         floor_ms = read / limits["copy_gbs"] / 1e6
-        tpot_ms = medians[batch, 0] * 1e3
-        row = {"batch": batch, "tpot_ms": tpot_ms, "roofline_ms": floor_ms}
-        bubble_ms = bubbles[batch, 0] * 1e3
-        ls.append(row | {"fraction": floor_ms / tpot_ms, "bubble_ms": bubble_ms})
-    alone = medians[BESIDE, boarded[0]]
-    beside = [
-        {
-            "rows": rows,
-            "pass_ms": medians[BESIDE, rows] * 1e3,
-            "over_alone": medians[BESIDE, rows] / alone,
-            "bubble_ms": bubbles[BESIDE, rows] * 1e3,
-        }
-        for rows in boarded
-    ]
+        found = medians[batch, 0]
+        row = {"batch": batch, "tpot_ms": found.whole, "roofline_ms": floor_ms}
+        ls.append(row | {"fraction": floor_ms / found.whole} | _rest(found))
+    alone = medians[BESIDE, boarded[0]].whole
+    beside = []
+    for rows in boarded:
+        found = medians[BESIDE, rows]
+        line = {"rows": rows, "pass_ms": found.whole, "over_alone": found.whole / alone}
+        beside.append(line | _rest(found))
     transfers = bench.device.transfers
     kinds_of_copy = {
         "checkpoint": (transfers.export_tokens, limits["to_host_gbs"]),
@@ -206,6 +212,10 @@ def main() -> int:
     )
     print(json.dumps(report) if options.json else json.dumps(report, indent=2))
     return 0
+
+
+def _rest(found: Pass) -> dict[str, float]:
+    return {"bubble_ms": found.bubble, "launch_ms": found.launch}
 
 
 def _limits(gpu: Gpu) -> dict[str, float]:

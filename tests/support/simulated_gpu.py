@@ -72,7 +72,7 @@ class SimulatedStream:
     def go_on(self) -> None:
         kind, what = self._queue.popleft()
         if kind == "work":
-            with _Copies(self._gpu.pinned_storages):
+            with _Copies(self._gpu):
                 what()
         elif kind == "record":
             what.reached = True
@@ -91,6 +91,8 @@ class SimulatedGpu:
         self.pinned_storages: set[int] = set()
         self._stalled: SimulatedStream | None = None
         self.captured = 0
+        self.uploads = 0
+        """Copies of pinned memory to the device."""
         self.now_ns = 0
         """Grows by one for each time the host looks."""
 
@@ -147,15 +149,17 @@ class SimulatedGpu:
 class _Copies(TorchDispatchMode):
     """Fails where a copy between the host and the device would make the host wait."""
 
-    def __init__(self, pinned: set[int]) -> None:
+    def __init__(self, gpu: SimulatedGpu) -> None:
         super().__init__()
-        self._pinned = pinned
+        self._gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
             sides = args[:2]
-            if any(side.untyped_storage().data_ptr() in self._pinned for side in sides):
+            pinned = [s.untyped_storage().data_ptr() in self._gpu.pinned_storages for s in sides]
+            if any(pinned):
                 assert all(side.is_contiguous() for side in sides), "a copy through pageable memory"
+            self._gpu.uploads += pinned[1]
         return func(*args, **(kwargs or {}))
 
 

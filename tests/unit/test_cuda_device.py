@@ -126,6 +126,16 @@ def test_kv_that_left_the_device_and_came_back_is_the_same(seed: int, tmp_path: 
     scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)
 
 
+def test_a_pass_of_the_same_rows_uploads_them_once(tmp_path: Path) -> None:
+    model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed=4)
+    device = scenarios.start(model, gpu)
+    request = scenarios.request_of(scenarios.tokens_of(1), scenarios.PROMPT, first_page=3)
+    scenarios.prefill(device, request)
+    assert gpu.uploads == 2 + 1  # all rows of two chunks; the one that samples
+    scenarios.decode(device, request, scenarios.PROMPT + 1)
+    assert gpu.uploads == 3 + 2
+
+
 def test_time_without_work_between_stages_is_told(tmp_path: Path) -> None:
     """Not that between two passes, nor that between stages without LS rows."""
     model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed=5)

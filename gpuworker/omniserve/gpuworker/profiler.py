@@ -99,11 +99,8 @@ class _Stages:
 
     def __init__(self, device: Device, rows: int) -> None:
         self._device = device
-        context = device.config.context_tokens
-        # Nothing attends: all may be in the same page.
-        self._cohorts = [
-            Cohort([_chunk(row % context, 1, context) for row in range(rows)], context)
-        ]
+        # Nothing attends: all may be the first token of the first page.
+        self._cohorts = [Cohort([_chunk(0, 1, 1) for _ in range(rows)], 1)]
         self._wanted = np.zeros(rows, dtype=np.bool_)
         self.first()
 

@@ -110,12 +110,13 @@ class Device(Protocol):
     def run(self, stage: int, cohorts: Sequence[Cohort], parked: ParkedRows | None) -> Event:
         """Launches the dense work of a stage that is not the last; needs `has_room`.
 
-        Done when q, k and v of `parked` are in their slots.
+        May append k and v of the cohorts' rows. Done when q, k and v of `parked` are in their
+        slots.
         """
         ...
 
     def attend(self, layer: int, cohort: Cohort) -> None:
-        """Appends k and v of the rows of a cohort that has just run stage `layer`, then attends."""
+        """Attends for a cohort that has just run stage `layer`, once its k and v are appended."""
         ...
 
     def finish(

@@ -38,7 +38,6 @@ from omniserve.gpuworker.device.cuda.kv import DevicePages
 from omniserve.gpuworker.device.cuda.rows import LANES, CudaCohortRows, RowStore
 from omniserve.gpuworker.device.cuda.slabs import Slabs
 from omniserve.gpuworker.device.cuda.transfers import CudaTransfers
-from omniserve.gpuworker.device.cuda.upload import Upload
 from omniserve.gpuworker.device.port import DONE, Event, ParkedRows
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.weights import DecoderWeights
@@ -111,9 +110,10 @@ class CudaDevice:
         self._graphs = StageGraphs(self._model, self._stage, rows_max)
         self.padded_counts: Sequence[int] = self._graphs.counts
         self._bubbles = Bubbles(self._model.mark, lambda since, until: until.ns_since(since))
+        self._kv = DevicePages(gpu, config, sizes.pages, sizes.page_tokens, dtype)
         self._index = Index(gpu, rows_max)
-        scratch = self._store.scratch_row
-        self._batches = [Batch(gpu, rows_max, scratch) for _ in range(RUN_AHEAD + 1)]
+        scratch = self._store.scratch_row, self._kv.scratch_page
+        self._batches = [Batch(gpu, rows_max, *scratch) for _ in range(RUN_AHEAD + 1)]
         qkv = config.q_size + 2 * config.kv_size
         self._qkv = [gpu.zeros(rows_max, qkv, dtype=dtype) for _ in range(_QKV_BUFFERS)]
         self._qkv_sent: list[Event] = [DONE] * _QKV_BUFFERS
@@ -122,9 +122,7 @@ class CudaDevice:
         self._logits = gpu.zeros(sampled, config.vocabulary, dtype=torch.float32)
         self._best_host = gpu.pinned(sampled, dtype=torch.int64)
         self._logits_host = gpu.pinned(sampled, config.vocabulary, dtype=torch.float32)
-        self._places = [Upload(gpu, 2, sizes.cohort_rows) for _ in range(LANES)]
         self._entered: list[Event] = [DONE] * LANES
-        self._kv = DevicePages(gpu, config, sizes.pages, sizes.page_tokens, dtype)
         self._slabs = Slabs(gpu, dtype, 2 * config.kv_size)
         self.transfers = CudaTransfers(
             gpu, self._model, self._kv, self._slabs, sizes.transfer_tokens
@@ -153,15 +151,15 @@ class CudaDevice:
             held = self._held(cohort)
             held.batch_first, at = at, at + held.rows
             parts.append(held.all)
-        batch = self._launch(stage, parts + _parts(parked), has_ls(cohorts))
+        batch = self._launch(stage, parts + self._boarding(parked), has_ls(cohorts))
         if not batch.boarded:
             return batch.computed
         self._outbound.wait(batch.computed)
         buffer = stage % _QKV_BUFFERS
         for boarded in batch.boarded:
-            qkv = self._qkv[buffer][boarded.first : boarded.end]
+            words = self._qkv[buffer].view(torch.int64)[boarded.first : boarded.end]
             slab = self._slabs[boarded.server]
-            self._outbound.launch(partial(slab.qkv.index_copy_, 0, slots_of(batch, boarded), qkv))
+            self._outbound.launch(partial(slab.qkv.index_copy_, 0, slots_of(batch, boarded), words))
         batch.sent = self._qkv_sent[buffer] = self._outbound.record()
         return batch.sent
 
@@ -177,7 +175,7 @@ class CudaDevice:
         wanted: npt.NDArray[np.bool_],
         meanwhile: Callable[[], None],
     ) -> tuple[npt.NDArray[np.int64], torch.Tensor]:
-        parts = [self._held(cohort).sampled for cohort in cohorts] + _parts(parked)
+        parts = [self._held(cohort).sampled for cohort in cohorts] + self._boarding(parked)
         most, in_pass = self._sizes.sampled_rows, has_ls(cohorts)
         if len(wanted) <= most:
             return self._sample(parts, in_pass, wanted, meanwhile)
@@ -200,15 +198,21 @@ class CudaDevice:
         held: CudaCohortRows = cohort.held
         return held
 
+    def _boarding(self, parked: ParkedRows | None) -> list[CudaPart]:
+        if parked is None:
+            return []
+        rows, servers, slots, positions, tokens = parked
+        page = self._kv.scratch_page
+        return [CudaPart.boarding(rows, positions, tokens, slots, servers, page)]
+
     def _enter(self, cohort: Cohort) -> CudaCohortRows:
         """Gives the rows of `cohort`, which is to run stage 0, their places."""
         assert cohort.rows <= self._sizes.cohort_rows, "a cohort that has no room"
         lane = int(not has_ls([cohort]))
-        # The last one of its kind may have been called off before the device began with it.
+        # The last one of its kind may have been called off before the device began with it: it has
+        # the plan's memory until then.
         self._until(self._entered[lane], _nothing)
-        places = np.stack([cohort.pages, cohort.offsets])
-        on_device = self._places[lane].enqueue(self._model, places)
-        held = CudaCohortRows(cohort, self._store.first_of(lane), on_device)
+        held = CudaCohortRows(cohort, self._store.first_of(lane))
 
         def plan() -> None:
             held.attention = self._attention.plan(cohort, lane)
@@ -218,19 +222,23 @@ class CudaDevice:
         return held
 
     def _launch(self, stage: int, parts: Sequence[CudaPart], in_pass: bool) -> Batch:
-        batch = self._batches.pop(0)
+        batch, before = self._batches.pop(0), self._batches[-1]
         assert batch.is_free(), "a stage further ahead than the host may be"
         self._batches.append(batch)
-        batch.fill(parts, self._graphs.padded)
-        self._inbound.launch(batch.upload)
-        if stage:
-            for boarded in batch.boarded:
-                out = self._slabs[boarded.server].out
-                self._inbound.launch(partial(self._fetch, batch, boarded, out))
-        self._model.wait(self._inbound.record())
+        if same_rows := before.has(parts):  # most stages of most passes: the index is there
+            batch.repeat(before)
+        else:
+            batch.fill(parts, self._graphs.padded)
+            self._inbound.launch(batch.upload)
+            if stage:
+                for boarded in batch.boarded:
+                    out = self._slabs[boarded.server].out
+                    self._inbound.launch(partial(self._fetch, batch, boarded, out))
+            self._model.wait(self._inbound.record())
         self._model.wait(self._qkv_sent[stage % _QKV_BUFFERS])
         self._bubbles.begin(stage, in_pass)
-        self._model.launch(partial(self._index.load, batch))
+        if not same_rows:
+            self._model.launch(partial(self._index.load, batch))
         self._graphs.launch(stage, batch.padded)
         batch.computed = batch.sent = self._model.record()
         return batch
@@ -270,18 +278,19 @@ class CudaDevice:
             logits.copy_(dense.head(x))
             torch.argmax(logits, dim=1, out=self._best[:rows])
             return
-        dense.enter(stage, x, index.positions(rows), self._qkv[stage % _QKV_BUFFERS][:rows])
+        qkv = self._qkv[stage % _QKV_BUFFERS][:rows]
+        dense.enter(stage, x, index.positions(rows), qkv)
+        self._kv.append(stage, qkv[:, self.config.q_size :], *index.kv_places(rows))
         store.residual.index_copy_(0, places, x)
 
     def _fetch(self, batch: Batch, boarded: Boarded, out: torch.Tensor) -> None:
-        self._store.attention.index_copy_(
+        self._store.attention.view(torch.int64).index_copy_(
             0, rows_of(batch, boarded), out.index_select(0, slots_of(batch, boarded))
         )
 
     def _attend(self, layer: int, held: CudaCohortRows, first: int) -> None:
         assert held.attention is not None, "attention before it was planned"
         rows = self._qkv[layer % _QKV_BUFFERS][first : first + held.rows]
-        self._kv.append(layer, rows[:, self.config.q_size :], held.pages, held.offsets)
         q = rows[:, : self.config.q_size].unflatten(1, (-1, self.config.head_dim))
         out = self._store.attention[held.first : held.first + held.rows]
         held.attention.run(
@@ -294,28 +303,12 @@ class CudaDevice:
             self._logits_host[row].copy_(self._logits[at], non_blocking=True)
 
 
-def _parts(parked: ParkedRows | None) -> list[CudaPart]:
-    if parked is None:
-        return []
-    slots, servers = parked.slots.astype(np.int64), parked.servers
-    return [CudaPart(parked.rows, parked.positions, parked.tokens, slots, servers)]
-
-
 def _sliced(parts: Sequence[CudaPart], wanted: slice) -> list[CudaPart]:
     """The `wanted` ones of the rows of all parts, one after the other."""
     sliced, at = [], 0
     for part in parts:
-        rows = slice(max(wanted.start - at, 0), max(wanted.stop - at, 0))
-        sliced.append(
-            CudaPart(
-                part.rows[rows],
-                part.positions[rows],
-                part.tokens[rows],
-                None if part.slots is None else part.slots[rows],
-                None if part.servers is None else part.servers[rows],
-            )
-        )
-        at += len(part.rows)
+        sliced.append(part.only(slice(max(wanted.start - at, 0), max(wanted.stop - at, 0))))
+        at += part.columns.shape[1]
     return sliced
 
 

@@ -128,10 +128,13 @@ class TorchStream:
         graph = torch.cuda.CUDAGraph()
         # Other threads and streams may use the device meanwhile. Graphs of one stream never run at
         # the same time and keep nothing between two runs: they share their intermediate memory.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-        ):
-            work()
+        # The context manager `torch.cuda.graph` would wait for the device, and empty its cache.
+        with torch.cuda.stream(self._stream):
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
         return graph.replay
 
 

@@ -15,32 +15,35 @@ class DevicePages:
         self, gpu: Gpu, config: ModelConfig, pages: int, page_tokens: int, dtype: torch.dtype
     ) -> None:
         heads = (config.kv_heads, config.head_dim)
-        self.layers = gpu.zeros(config.layers, pages, 2, page_tokens, *heads, dtype=dtype)
+        self.layers = gpu.zeros(config.layers, pages + 1, 2, page_tokens, *heads, dtype=dtype)
         """[layers, pages, K and V, page_tokens, kv_heads, head_dim]: FlashInfer's NHD."""
-        self._places = self.layers.transpose(2, 3)
-        """The same memory, [layers, pages, page_tokens, K and V, kv_heads, head_dim]."""
-        self._words = self._places.view(torch.int64)
-        """As `_places`, for copies across the bus: elements of two bytes would go one by one."""
+        self.scratch_page = pages
+        """One more than there are, for KV that nobody reads."""
+        self._words = self.layers.transpose(2, 3).view(torch.int64)
+        """The same memory, [layers, pages, page_tokens, K and V, kv_heads, words of a head].
+
+        torch copies indexed elements one by one: words of eight bytes are fewer.
+        """
 
     def append(
         self, layer: int, kv: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor
     ) -> None:
         """kv: [rows, 2 kv_size]; pages, offsets: [rows] int64."""
-        rows = kv.view(len(kv), *self._places.shape[3:])
-        self._places[layer].index_put_((pages, offsets), rows)
+        rows = kv.view(torch.int64).view(len(kv), *self._words.shape[3:])
+        self._words[layer].index_put_((pages, offsets), rows)
 
     def export(self, places: torch.Tensor, slab: torch.Tensor) -> None:
         """Copies KV into slots of a server.
 
         places: [5, n] int64: layer, page, offset, slot, and which of the slot's tokens each is.
-        slab: [slots, tokens of a slot, 2 kv_size].
+        slab: [slots, tokens of a slot, words of 2 kv_size].
         """
         layers, pages, offsets, slots, indices = places
         words = self._words[layers, pages, offsets].flatten(1)
-        slab.view(torch.int64).index_put_((slots, indices), words)
+        slab.index_put_((slots, indices), words)
 
     def take_in(self, places: torch.Tensor, slab: torch.Tensor) -> None:
         """Copies KV from slots of a server; arguments as those of `export`."""
         layers, pages, offsets, slots, indices = places
-        rows = slab.view(torch.int64)[slots, indices].view(-1, *self._words.shape[3:])
+        rows = slab[slots, indices].view(-1, *self._words.shape[3:])
         self._words.index_put_((layers, pages, offsets), rows)

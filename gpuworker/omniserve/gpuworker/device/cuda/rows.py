@@ -40,17 +40,15 @@ class RowStore:
 class CudaCohortRows:
     """What a cohort keeps between its stages."""
 
-    def __init__(self, cohort: Cohort, first: int, places: torch.Tensor) -> None:
-        """first: of its places in the row store. places: [2, rows] int64, device pages, offsets."""
+    def __init__(self, cohort: Cohort, first: int) -> None:
+        """first: of its places in the row store."""
         rows = first + np.arange(cohort.rows)
         positions, tokens = cohort.positions.numpy(), cohort.tokens.numpy()
-        sampled = cohort.sampled_rows.numpy()
         self.first = first
         self.rows = cohort.rows
-        self.pages, self.offsets = places
         self.attention: PlannedAttention | None = None
-        self.all = CudaPart(rows, positions, tokens)
-        self.sampled = CudaPart(rows[sampled], positions[sampled], tokens[sampled])
+        self.all = CudaPart.local(rows, positions, tokens, cohort.pages, cohort.offsets)
+        self.sampled = self.all.only(cohort.sampled_rows.numpy())
         """The rows that go through the last stage."""
         self.batch_first = 0
         """Where they were in the batch of the last stage."""

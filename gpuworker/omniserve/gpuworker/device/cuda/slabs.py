@@ -11,15 +11,16 @@ from omniserve.gpuworker.device.cuda.gpu import Gpu
 
 
 class Slab:
-    """Of one server."""
+    """Of one server, in words of eight bytes: smaller elements would cross the bus one by one."""
 
     def __init__(self, slots: torch.Tensor, out_offset: int, kv_elements: int) -> None:
         """slots: [slots, elements], q, k and v first, outputs from `out_offset` on."""
-        self.qkv = slots[:, :out_offset]
-        self.out = slots[:, out_offset:]
+        self.qkv = slots[:, :out_offset].view(torch.int64)
+        self.out = slots[:, out_offset:].view(torch.int64)
         tokens = slots.shape[1] // kv_elements
-        self.tokens = slots[:, : tokens * kv_elements].unflatten(1, (tokens, kv_elements))
-        """As CHECKPOINT and RESTORE use them, [slots, tokens, 2 kv_size]."""
+        words = slots[:, : tokens * kv_elements].view(torch.int64)
+        self.tokens = words.unflatten(1, (tokens, -1))
+        """As CHECKPOINT and RESTORE use them, [slots, tokens, words of 2 kv_size]."""
 
 
 class Slabs:
