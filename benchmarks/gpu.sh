@@ -33,8 +33,14 @@ if [[ ! -e $site/.done || -n $(find cpuattn -newer "$site/.done" -print -quit) ]
   install ./cpuattn
   touch "$site/.done"
 fi
-"$PYTHON" -c 'import flashinfer, tvm_ffi' ||
+# Head dimensions and windows of the tests' models and of the shapes.
+timeout -k 5 300 "$PYTHON" - <<'MODULES' ||
+import torch
+from omniserve.gpuworker.device.cuda.flashinfer_modules import compile_modules
+compile_modules([(64, False), (64, True), (128, False)], torch.bfloat16)
+MODULES
   echo "gpu.sh: without FlashInfer everything runs with plain torch, many times slower" >&2
+echo "gpu.sh: built after $SECONDS s" >&2
 
 # run PART SECONDS COMMAND...: at most so many seconds; what it prints ends with its figures.
 run() {
@@ -88,9 +94,9 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.json")):
     print(report["shape"], report["device"], report["limits"])
     for row in report["ls"]:
         print("  batch {batch:4d}  {tpot_ms:8.2f} ms  {fraction:.2f} of the roofline, "
-              "{bubble_ms:.2f} ms idle".format(**row))
+              "{bubble_ms:.2f} ms idle, {launch_ms:.2f} ms to launch".format(**row))
     for row in report["boarded"]:
         print("  boarded {rows:4d}  {pass_ms:8.2f} ms  {over_alone:.2f} of the pass alone, "
-              "{bubble_ms:.2f} ms idle".format(**row))
+              "{bubble_ms:.2f} ms idle, {launch_ms:.2f} ms to launch".format(**row))
     print(" ", report["transfers"])
 TABLE

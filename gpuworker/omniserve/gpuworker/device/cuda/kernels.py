@@ -17,6 +17,7 @@ from omniserve.gpuworker.device.cuda.elementwise import (
     FlashInferElementwise,
     TorchElementwise,
 )
+from omniserve.gpuworker.device.cuda.flashinfer_modules import compile_modules
 from omniserve.gpuworker.model.config import ModelConfig
 
 
@@ -34,5 +35,7 @@ class Kernels(NamedTuple):
         """None where FlashInfer is not installed, or not made for `dtype`."""
         if dtype == torch.float32 or find_spec("flashinfer") is None:
             return None
+        windows = {config.window_tokens(layer) > 0 for layer in range(config.layers)}
+        compile_modules([(config.head_dim, window) for window in windows], dtype)
         attention = FlashInferAttention(config, page_tokens, dtype)
         return Kernels(attention, FlashInferElementwise())
