@@ -39,7 +39,8 @@ import torch
 from omniserve.gpuworker.device.cuda.flashinfer_modules import compile_modules
 compile_modules([(64, False), (64, True), (128, False)], torch.bfloat16)
 MODULES
-  echo "gpu.sh: without FlashInfer everything runs with plain torch, many times slower" >&2
+  echo "gpu.sh: no kernels of FlashInfer ($?), see above. Where it is not installed, plain torch" \
+    "runs, many times slower; else each part tries to compile them again" >&2
 echo "gpu.sh: built after $SECONDS s" >&2
 
 # run PART SECONDS COMMAND...: at most so many seconds; what it prints ends with its figures.

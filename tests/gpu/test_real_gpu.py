@@ -18,6 +18,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 LLAMA = next(kind for kind in KINDS if kind.name == "llama")
 BFLOAT16_TOLERANCE = 0.05
 """Mean error of a position, of the spread of its logits."""
@@ -35,12 +36,27 @@ def test_logits_are_those_of_the_cpu_back_end(kind: Kind, tmp_path: Path) -> Non
     scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_boarded_rows_and_ls_rows_keep_apart(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(2))
+@DTYPES
+def test_boarded_rows_and_ls_rows_keep_apart(seed: int, dtype: torch.dtype, tmp_path: Path) -> None:
     model = model_of(LLAMA, tmp_path)
-    ride = scenarios.Ride(scenarios.start(model, TorchGpu()), seed)
+    ride = scenarios.Ride(scenarios.start(model, TorchGpu(), dtype), seed)
     ride.run()
     ride.check(model)
+
+
+def test_two_cohorts_share_their_stages(tmp_path: Path) -> None:
+    model = model_of(LLAMA, tmp_path)
+    scenarios.ride_together(scenarios.start(model, TorchGpu()), model)
+
+
+@DTYPES
+def test_kv_that_left_the_device_and_came_back_is_the_same(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model, gpu = model_of(LLAMA, tmp_path), TorchGpu()
+    device = scenarios.start(model, gpu, dtype)
+    scenarios.move_kv(device, gpu, model, 0, scenarios.nothing)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

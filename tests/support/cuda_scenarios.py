@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from omniserve.gpuworker.cohort import Chunk, Cohort
 from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
 from omniserve.gpuworker.device.cuda.gpu import Gpu
 from omniserve.gpuworker.device.cuda.kernels import Kernels
-from omniserve.gpuworker.device.port import Event, ParkedRows
+from omniserve.gpuworker.device.port import Event, KvPlaces, ParkedRows
 from omniserve.gpuworker.model.config import ModelConfig
 from omniserve.gpuworker.model.weights import WeightSource, load_weights
 from omniserve.gpuworker.requests import Request
@@ -29,8 +29,9 @@ PROMPT, TOKENS = 70, 90
 CHUNK = 37
 LS_PROMPT, LS_TOKENS = 20, 60
 BE_TOKENS = 10
-TOLERANCE = 1e-4
-"""Of the spread of a position's logits. Both sides compute in float32."""
+TOLERANCES = {torch.float32: 1e-4, torch.float16: 0.1}
+"""Of the spread of a position's logits; the other side computes in float32."""
+ELEMENTS: dict[torch.dtype, type[Any]] = {torch.float32: np.float32, torch.float16: np.float16}
 
 
 def start(
@@ -112,22 +113,97 @@ class Link(NamedTuple):
     out_offset: int
 
 
+def move_kv(
+    device: CudaDevice, gpu: Gpu, model: WeightSource, seed: int, stall: Callable[[], None]
+) -> None:
+    """A checkpoint while the stages of its tokens run; a restore into other pages.
+
+    stall: lets the device fall behind.
+    """
+    config, tokens = model.config, tokens_of(seed)
+    slot_elements = 2 * (config.q_size + config.kv_size)
+    in_slot = slot_elements // (2 * config.kv_size)
+    slab = np.zeros((2 * TOKENS, slot_elements), ELEMENTS[device.dtype])
+    link: Any = Link(slab, slot_elements - config.q_size)
+    device.serve([link])
+    request = request_of(tokens, PROMPT, first_page=3)
+    assert run_pass(device, Chunk(request, 0, CHUNK)) == []
+    layers, positions = np.divmod(np.arange(config.layers * CHUNK), CHUNK)
+    order = np.random.default_rng(seed).permutation(len(layers))
+    slots, indices = np.divmod(order, in_slot)
+
+    def parts(blocks: list[int]) -> list[KvPlaces]:
+        """In two parts, as of two requests."""
+        pages = np.array(blocks)[positions // PAGE_TOKENS]
+        arrays = np.stack([layers, pages, positions % PAGE_TOKENS, slots, indices])
+        return [KvPlaces(*part) for part in np.split(arrays.astype(np.int32), [50], axis=1)]
+
+    stall()
+    exported = [device.transfers.export_tokens(link, part) for part in parts(request.blocks)]
+    for event in exported:
+        assert not event.done()
+    device.transfers.start()
+    for event in exported:
+        wait_for(event)
+    pages = device._kv.layers
+    pages.fill_(torch.nan)
+    gpu.wait()
+    request.blocks = list(reversed(range(40, 40 + len(request.blocks))))
+    for part in parts(request.blocks):
+        imported = device.transfers.import_tokens(link, part)
+        device.transfers.start()
+        wait_for(imported)
+    pages.nan_to_num_()  # beyond the tokens that came back
+    gpu.wait()
+    found = run_pass(device, Chunk(request, CHUNK, PROMPT - CHUNK))
+    found += decode(device, request, TOKENS)
+    device.serve([])
+    check(reference_of(model), tokens, found, TOLERANCES[device.dtype])
+
+
+def ride_together(device: CudaDevice, model: WeightSource) -> None:
+    """Two cohorts in the same stages; the BE one is called off once, and begins anew."""
+    ls, be = (request_of(tokens_of(seed), LS_PROMPT, 10 * seed) for seed in range(2))
+    be.latency_sensitive = False
+    found: dict[Request, list[torch.Tensor]] = {ls: [], be: []}
+    for rounds in range(6):
+        chunks = [Chunk(r, r.known - 1, 1) if rounds else Chunk(r, 0, r.known) for r in (ls, be)]
+        if rounds in (0, 3):
+            called_off = Cohort([chunks[1]], PAGE_TOKENS)
+            wait_for_room(device)
+            device.run(0, [called_off], None)
+            device.attend(0, called_off)
+        cohorts = [Cohort([chunk], PAGE_TOKENS) for chunk in chunks]
+        for stage in range(device.config.layers):
+            wait_for_room(device)
+            device.run(stage, cohorts, None)
+            for cohort in cohorts:
+                device.attend(stage, cohort)
+        wait_for_room(device)
+        _, logits = device.finish(cohorts, None, np.array([True, True]), nothing)
+        for request, row in zip((ls, be), logits, strict=True):
+            found[request].append(row[None].clone())
+            request.known += 1
+    for request, rows in found.items():
+        check(reference_of(model), request.tokens[: request.known - 1].tolist(), rows)
+
+
 class Server:
     """Attends over its own KV as an attention server would."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         self._config = config
         self.out_offset = config.q_size + 2 * config.kv_size
-        self.slab = np.full((SLOTS, self.out_offset + config.q_size), np.nan, np.float32)
+        self.slab = np.full((SLOTS, self.out_offset + config.q_size), np.nan, ELEMENTS[dtype])
         self._kv: dict[tuple[int, int], list[np.ndarray]] = {}
 
     def attend(self, layer: int, slot: int) -> None:
         """Takes q, k, v out of the slot, and spoils them: nobody may need them any more."""
         config, row = self._config, self.slab[slot]
         kv = self._kv.setdefault((slot, layer), [])
-        kv.append(row[config.q_size : self.out_offset].copy())
+        kv.append(row[config.q_size : self.out_offset].astype(np.float32))
         k, v = np.stack(kv).reshape(len(kv), 2, config.kv_heads, -1).transpose(1, 2, 0, 3)
-        q = row[: config.q_size].reshape(config.kv_heads, -1, config.head_dim)
+        q = row[: config.q_size].astype(np.float32).reshape(config.kv_heads, -1, config.head_dim)
         scores = q @ k.transpose(0, 2, 1) / np.sqrt(config.head_dim)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out = (weights / weights.sum(-1, keepdims=True)) @ v
@@ -158,11 +234,12 @@ class Ride:
         self._layers = device.config.layers
         self._random = random = np.random.default_rng(seed)
         self._answering = answering
-        self._servers = [Server(device.config), Server(device.config)]
+        self._servers = [Server(device.config, device.dtype) for _ in range(2)]
         device.serve([Link(s.slab, s.out_offset) for s in self._servers])  # type: ignore[misc]
         texts = random.integers(0, 512, (PARKED, BE_TOKENS)).tolist()
         self.parked = [Parked(row, text) for row, text in enumerate(texts)]
-        self._request = request_of(random.integers(0, 512, LS_TOKENS).tolist(), LS_PROMPT, 3)
+        # From the first page on: what is written there for others would show.
+        self._request = request_of(random.integers(0, 512, LS_TOKENS).tolist(), LS_PROMPT, 0)
         self.ls_logits: list[torch.Tensor] = []
 
     def run(self) -> None:
@@ -175,11 +252,11 @@ class Ride:
 
     def check(self, model: WeightSource) -> None:
         """Compares all logits with those of the `cpu` back end."""
-        reference = LocalStages(model, torch.float32, LS_TOKENS)
-        check(reference, self._request.tokens.tolist(), self.ls_logits)
+        reference, tolerance = reference_of(model), TOLERANCES[self._device.dtype]
+        check(reference, self._request.tokens.tolist(), self.ls_logits, tolerance)
         for row in self.parked:
             if row.logits:
-                check(reference, row.tokens[: row.position], row.logits)
+                check(reference, row.tokens[: row.position], row.logits, tolerance)
 
     def _chunks(self) -> Iterator[Chunk]:
         """A prompt in two chunks, then decode steps."""
@@ -227,11 +304,16 @@ class Ride:
         return [row for row in ready if random.random() < 0.8]
 
 
+def reference_of(model: WeightSource) -> LocalStages:
+    """The `cpu` back end."""
+    return LocalStages(model, torch.float32, TOKENS)
+
+
 def check(
     reference: LocalStages,
     tokens: list[int],
     found: list[torch.Tensor],
-    tolerance: float = TOLERANCE,
+    tolerance: float = TOLERANCES[torch.float32],
 ) -> None:
     """found: logits behind each of the last tokens, as many as there are."""
     wanted = reference.logits(tokens, len(found) - 1, CHUNK)

@@ -129,6 +129,10 @@ class SimulatedGpu:
             others = [stream for stream in others if stream.priority == first]
         self._random.choice(others).go_on()
 
+    def stall(self, stream: SimulatedStream) -> None:
+        """Others go first, until another one falls behind."""
+        self._stalled = stream
+
     def wait(self) -> None:
         """Fails if streams wait for one another."""
         while able := [stream for stream in self._streams if stream.can_go_on()]:
@@ -159,6 +163,7 @@ class _Copies(TorchDispatchMode):
             pinned = [s.untyped_storage().data_ptr() in self._gpu.pinned_storages for s in sides]
             if any(pinned):
                 assert all(side.is_contiguous() for side in sides), "a copy through pageable memory"
+                assert args[2:] == (True,), "a copy that the host waits for"
             self._gpu.uploads += pinned[1]
         return func(*args, **(kwargs or {}))
 

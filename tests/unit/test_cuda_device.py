@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from support import cuda_scenarios as scenarios
@@ -16,10 +15,10 @@ from support.simulated_gpu import SimulatedGpu
 from omniserve.errors import SettingsError
 from omniserve.gpuworker import profiler
 from omniserve.gpuworker.cohort import Chunk, Cohort
+from omniserve.gpuworker.device.cuda.attention import workspace_bytes
 from omniserve.gpuworker.device.cuda.device import CudaDevice, Sizes
 from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.opening import open_device
-from omniserve.gpuworker.device.port import KvPlaces
 from omniserve.gpuworker.model.weights import WeightSource, load_weights, open_model
 from omniserve.gpuworker.settings import WorkerSettings
 
@@ -62,10 +61,12 @@ def test_a_host_without_a_gpu_says_so(tmp_path: Path) -> None:
     assert refused.value.field == "device"
 
 
-@pytest.mark.parametrize("seed", range(8))
-def test_boarded_rows_and_ls_rows_keep_apart(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("seed", "dtype"), [*((seed, torch.float32) for seed in range(8)), (8, torch.float16)]
+)
+def test_boarded_rows_and_ls_rows_keep_apart(seed: int, dtype: torch.dtype, tmp_path: Path) -> None:
     model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed)
-    ride = scenarios.Ride(scenarios.start(model, gpu), seed)
+    ride = scenarios.Ride(scenarios.start(model, gpu, dtype), seed)
     ride.run()
     gpu.wait()
     assert all(row.is_done() for row in ride.parked)
@@ -83,47 +84,19 @@ def test_ls_goes_on_beside_servers_that_never_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_kv_that_left_the_device_and_came_back_is_the_same(seed: int, tmp_path: Path) -> None:
-    """A checkpoint while the stages of its tokens run; a restore into other pages."""
+def test_two_cohorts_share_their_stages(seed: int, tmp_path: Path) -> None:
+    model = model_of(LLAMA, tmp_path)
+    scenarios.ride_together(scenarios.start(model, SimulatedGpu(seed)), model)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_kv_that_left_the_device_and_came_back_is_the_same(
+    seed: int, dtype: torch.dtype, tmp_path: Path
+) -> None:
     model, gpu = model_of(LLAMA, tmp_path), SimulatedGpu(seed)
-    config, tokens = model.config, scenarios.tokens_of(seed)
-    device = scenarios.start(model, gpu)
-    slot_elements = 2 * (config.q_size + config.kv_size)
-    in_slot = slot_elements // (2 * config.kv_size)
-    slab = np.zeros((2 * scenarios.TOKENS, slot_elements), np.float32)
-    link: Any = scenarios.Link(slab, slot_elements - config.q_size)
-    device.serve([link])
-    request = scenarios.request_of(tokens, scenarios.PROMPT, first_page=3)
-    known = scenarios.CHUNK
-    assert scenarios.run_pass(device, Chunk(request, 0, known)) == []
-    layers, positions = np.divmod(np.arange(config.layers * known), known)
-    order = np.random.default_rng(seed).permutation(len(layers))
-    slots, indices = np.divmod(order, in_slot)
-
-    def parts(blocks: list[int]) -> list[KvPlaces]:
-        """In two parts, as of two requests."""
-        pages = np.array(blocks)[positions // PAGE_TOKENS]
-        arrays = np.stack([layers, pages, positions % PAGE_TOKENS, slots, indices])
-        return [KvPlaces(*part) for part in np.split(arrays.astype(np.int32), [50], axis=1)]
-
-    exported = [device.transfers.export_tokens(link, part) for part in parts(request.blocks)]
-    for event in exported:
-        assert not event.done()
-    device.transfers.start()
-    for event in exported:
-        scenarios.wait_for(event)
-    pages = device._kv.layers
-    pages.fill_(torch.nan)
-    request.blocks = list(reversed(range(40, 40 + len(request.blocks))))
-    for part in parts(request.blocks):
-        imported = device.transfers.import_tokens(link, part)
-        device.transfers.start()
-        scenarios.wait_for(imported)
-    pages.nan_to_num_()  # beyond the tokens that came back
-    rest = scenarios.PROMPT - known
-    found = scenarios.run_pass(device, Chunk(request, known, rest))
-    found += scenarios.decode(device, request, scenarios.TOKENS)
-    scenarios.check(LocalStages(model, torch.float32, len(tokens)), tokens, found)
+    device = scenarios.start(model, gpu, dtype)
+    scenarios.move_kv(device, gpu, model, seed, lambda: gpu.stall(device._model))
 
 
 def test_a_pass_of_the_same_rows_uploads_them_once(tmp_path: Path) -> None:
@@ -134,6 +107,12 @@ def test_a_pass_of_the_same_rows_uploads_them_once(tmp_path: Path) -> None:
     assert gpu.uploads == 2 + 1  # all rows of two chunks; the one that samples
     scenarios.decode(device, request, scenarios.PROMPT + 1)
     assert gpu.uploads == 3 + 2
+
+
+def test_sums_of_split_kv_have_room(tmp_path: Path) -> None:
+    """By the planner of FlashInfer 0.6.3, for 512 rows on a GPU of 132 processors."""
+    config = replace(model_of(LLAMA, tmp_path).config, heads=16, kv_heads=2, head_dim=128)
+    assert 135_266_304 <= workspace_bytes(config, 132) < 140_000_000
 
 
 def test_time_without_work_between_stages_is_told(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from omniserve.latency import LatencyProfile
 
 _log = logging.getLogger(__name__)
 # Counts up when the profiler measures something else, or stages become faster or slower.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,7 +95,11 @@ def _middle_ns(device: Device, stages: _Stages) -> float:
 
 
 class _Stages:
-    """The dense part of each kind of stage, with `rows` made-up rows."""
+    """The dense part of each kind of stage, with `rows` made-up rows.
+
+    They are the same in every stage, as those of a cohort are. Rows that come and go may cost a
+    device more: that is the online correction's.
+    """
 
     def __init__(self, device: Device, rows: int) -> None:
         self._device = device

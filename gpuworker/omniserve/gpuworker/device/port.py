@@ -116,7 +116,10 @@ class Device(Protocol):
         ...
 
     def attend(self, layer: int, cohort: Cohort) -> None:
-        """Attends for a cohort that has just run stage `layer`, once its k and v are appended."""
+        """Attends for a cohort that has just run stage `layer`.
+
+        Appends its k and v before, if `run` has not.
+        """
         ...
 
     def finish(

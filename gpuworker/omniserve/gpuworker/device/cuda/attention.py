@@ -10,7 +10,8 @@ import torch
 from omniserve.gpuworker.cohort import Cohort
 from omniserve.gpuworker.model.config import ModelConfig
 
-_WORKSPACE_BYTES = 128 << 20
+LANES = 2
+"""One for the LS cohort, one for the BE cohort: there is never a second one of a kind."""
 
 
 class PlannedAttention(Protocol):
@@ -66,21 +67,45 @@ class _TorchPlan:
             out[first : first + rows] = found.transpose(0, 1)
 
 
+def workspace_bytes(config: ModelConfig, processors: int) -> int:
+    """What FlashInfer's prefill kernels need for sums of split KV, at most.
+
+    They split as long as two blocks a processor have tiles, of 128 rows times heads of a group;
+    a float32 for each element of a head and one for its logits' sum.
+    """
+    tiles = config.heads * (2 * processors // config.kv_heads)
+    return tiles * 128 * (config.head_dim + 1) * 4 + 32  # aligned twice
+
+
 class FlashInferAttention:
-    """FlashInfer's paged kernels, planned once a cohort. No GPU has run it yet."""
+    """FlashInfer's paged kernels, planned once a cohort. No GPU has run it yet.
+
+    A plan takes the host longer than its own work: FlashInfer 0.6.3 looks for the longest sequence
+    by iterating over a tensor, twice, 0.2 ms for 64 of them.
+    """
 
     def __init__(self, config: ModelConfig, page_tokens: int, dtype: torch.dtype) -> None:
+        """Allocates all that plans will need."""
         import flashinfer  # an extra: nothing else of the worker needs it
 
         self._config = config
         self._page_tokens = page_tokens
         self._dtype = dtype
-        self._wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper
-        self._wrappers: dict[tuple[int, int], Any] = {}
+        processors = torch.cuda.get_device_properties("cuda").multi_processor_count
+        size = workspace_bytes(config, processors)
+
+        def wrapper() -> Any:
+            workspace = torch.zeros(size, dtype=torch.uint8, device="cuda")
+            # Only its FlashAttention 2 kernels put all heads of a group into one tile. Those of the
+            # third, which "auto" takes on Hopper, are said to need 2.5 times as long to decode.
+            return flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend="fa2")
+
+        windows = {config.window_tokens(layer) for layer in range(config.layers)}
+        # One for each, as a plan lives in its workspace.
+        self._wrappers = [{window: wrapper() for window in windows} for _ in range(LANES)]
 
     def plan(self, cohort: Cohort, lane: int) -> PlannedAttention:
         config = self._config
-        windows = {config.window_tokens(layer) for layer in range(config.layers)}
         ends = cohort.first_position + cohort.n_rows
         counts = -(-ends // self._page_tokens)
         used = np.arange(cohort.tables.shape[1]) < counts[:, None]
@@ -91,9 +116,8 @@ class FlashInferAttention:
             ends - (counts - 1) * self._page_tokens,
         )
         tensors = [torch.from_numpy(array.astype(np.int32)) for array in arrays]
-        planned = {}
-        for window in windows:
-            planned[window] = wrapper = self._wrapper_of(lane, window)
+        planned = self._wrappers[lane]
+        for window, wrapper in planned.items():
             wrapper.plan(
                 *tensors,
                 config.heads,
@@ -105,15 +129,6 @@ class FlashInferAttention:
                 q_data_type=self._dtype,
             )
         return _FlashInferPlan(config, planned)
-
-    def _wrapper_of(self, lane: int, window: int) -> Any:
-        """One for each, as a plan lives in its workspace."""
-        if (lane, window) not in self._wrappers:
-            workspace = torch.empty(_WORKSPACE_BYTES, dtype=torch.uint8, device="cuda")
-            # Only its FlashAttention 2 kernels put all heads of a group into one tile. Those of the
-            # third, which "auto" takes on Hopper, are said to need 2.5 times as long to decode.
-            self._wrappers[lane, window] = self._wrapper(workspace, "NHD", backend="fa2")
-        return self._wrappers[lane, window]
 
 
 class _FlashInferPlan:

@@ -93,12 +93,11 @@ class Batch:
         return self.computed.done() and self.sent.done()
 
     def has(self, parts: Sequence[CudaPart]) -> bool:
-        """Whether it has these very parts, and none of their rows has a slot."""
-        same = len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
-        return same and not self.boarded
+        """Whether it has these very parts. Those that board are new for every stage."""
+        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
     def repeat(self, before: Batch) -> None:
-        """Takes the rows of a batch without slots; needs no upload."""
+        """Takes the rows of `before`, which none boards; needs no upload."""
         self._parts, self.boarded = before._parts, []
         self.rows, self.padded, self.order = before.rows, before.padded, before.order
 

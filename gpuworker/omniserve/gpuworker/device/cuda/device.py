@@ -22,6 +22,7 @@ import torch
 from omniserve.attnkernel import WorkerLink
 from omniserve.gpuworker.cohort import Cohort, has_ls
 from omniserve.gpuworker.device.bubbles import Bubbles
+from omniserve.gpuworker.device.cuda.attention import LANES
 from omniserve.gpuworker.device.cuda.batch import (
     Batch,
     Boarded,
@@ -35,7 +36,7 @@ from omniserve.gpuworker.device.cuda.gpu import Gpu
 from omniserve.gpuworker.device.cuda.graphs import StageGraphs
 from omniserve.gpuworker.device.cuda.kernels import Kernels
 from omniserve.gpuworker.device.cuda.kv import DevicePages
-from omniserve.gpuworker.device.cuda.rows import LANES, CudaCohortRows, RowStore
+from omniserve.gpuworker.device.cuda.rows import CudaCohortRows, RowStore
 from omniserve.gpuworker.device.cuda.slabs import Slabs
 from omniserve.gpuworker.device.cuda.transfers import CudaTransfers
 from omniserve.gpuworker.device.port import DONE, Event, ParkedRows
@@ -225,7 +226,7 @@ class CudaDevice:
         batch, before = self._batches.pop(0), self._batches[-1]
         assert batch.is_free(), "a stage further ahead than the host may be"
         self._batches.append(batch)
-        if same_rows := before.has(parts):  # most stages of most passes: the index is there
+        if same_rows := before.has(parts):  # as most passes without boarding have: it is loaded
             batch.repeat(before)
         else:
             batch.fill(parts, self._graphs.padded)

@@ -18,7 +18,7 @@ def compile_modules(kinds: Iterable[tuple[int, bool]], dtype: torch.dtype) -> No
     """Compiles all that is called for models of `dtype`.
 
     kinds: (head dimension, whether a window limits it) of their layers. Raises RuntimeError with
-    the compiler's output. No GPU has run them yet.
+    the compiler's output, OSError if there is no ninja. No GPU has run them yet.
     """
     from flashinfer.jit import gen_act_and_mul_module, gen_batch_prefill_module
     from flashinfer.jit.norm import gen_norm_module

@@ -10,13 +10,10 @@ import numpy as np
 import torch
 
 from omniserve.gpuworker.cohort import Cohort
-from omniserve.gpuworker.device.cuda.attention import PlannedAttention
+from omniserve.gpuworker.device.cuda.attention import LANES, PlannedAttention
 from omniserve.gpuworker.device.cuda.batch import CudaPart
 from omniserve.gpuworker.device.cuda.gpu import Gpu
 from omniserve.gpuworker.model.config import ModelConfig
-
-LANES = 2
-"""One for the LS cohort, one for the BE cohort: there is never a second one of a kind."""
 
 
 class RowStore:
