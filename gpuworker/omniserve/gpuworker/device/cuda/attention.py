@@ -68,13 +68,14 @@ class _TorchPlan:
 
 
 def workspace_bytes(config: ModelConfig, processors: int) -> int:
-    """What FlashInfer's prefill kernels need for sums of split KV, at most.
+    """What FlashInfer's prefill kernels need at most for the sums of split KV.
 
-    They split as long as two blocks a processor have tiles, of 128 rows times heads of a group;
-    a float32 for each element of a head and one for its logits' sum.
+    Its planner splits KV into no more tiles than two blocks of each of the GPU's `processors` take,
+    KV head by KV head. A tile has 128 rows at most for each head, and a row float32 sums: of the
+    elements of a head, and of its logits.
     """
-    tiles = config.heads * (2 * processors // config.kv_heads)
-    return tiles * 128 * (config.head_dim + 1) * 4 + 32  # aligned twice
+    rows = 128 * config.heads * (2 * processors // config.kv_heads)
+    return rows * (config.head_dim + 1) * 4 + 32  # aligned twice
 
 
 class FlashInferAttention:
