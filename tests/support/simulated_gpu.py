@@ -88,7 +88,8 @@ class SimulatedGpu:
         self._random = random.Random(seed)
         self._streams: list[SimulatedStream] = []
         self._memory: list[torch.Tensor] = []
-        self.pinned_storages: set[int] = set()
+        self._pinned: dict[int, torch.Tensor] = {}
+        """By address; kept, so that no other tensor ever has it."""
         self._stalled: SimulatedStream | None = None
         self.captured = 0
         self.uploads = 0
@@ -106,8 +107,11 @@ class SimulatedGpu:
 
     def pinned(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         memory = torch.zeros(shape, dtype=dtype)
-        self.pinned_storages.add(memory.untyped_storage().data_ptr())
+        self._pinned[memory.untyped_storage().data_ptr()] = memory
         return memory
+
+    def is_pinned(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
 
     def map_host(self, memory: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
         return torch.from_numpy(memory).view(dtype)
@@ -160,7 +164,7 @@ class _Copies(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.copy_.default:
             sides = args[:2]
-            pinned = [s.untyped_storage().data_ptr() in self._gpu.pinned_storages for s in sides]
+            pinned = [self._gpu.is_pinned(side) for side in sides]
             if any(pinned):
                 assert all(side.is_contiguous() for side in sides), "a copy through pageable memory"
                 assert args[2:] == (True,), "a copy that the host waits for"
